@@ -1,0 +1,149 @@
+"""The five seams between the training loop and a method.
+
+A method is a value of type `Method`: a handful of pure functions, each optional. The step calls
+them in one order (select, objective, wrap, between) and never asks which method it is running.
+
+A batch is a flat dict of arrays; B rows, L positions. Packed language-model batches hold
+  tokens    [B, L] int32    what the model reads
+  targets   [B, L] int32    what each position predicts
+  weights   [B, L] float32  loss weight of each target; 0 = padding, document border, prompt
+  segments  [B, L] int32    document within the row, from 1; 0 = padding
+  positions [B, L] int32    position within the document
+  source    [B]    int32    index of the source in the mixture
+  index     [B]    int32    row number in that source, for audits
+A method with batches of another shape documents them in its own file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any  # plain nested dict of arrays
+Batch = Mapping[str, jax.Array]
+Extras = Mapping[str, Any]  # name -> pytree: reference params, teacher params, masks
+
+
+class LM(NamedTuple):
+    """A language model as pure functions. The module library stays behind them."""
+
+    init: Callable[[jax.Array], Params]
+    """key -> params."""
+    hidden: Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
+    """(params, batch, key=None) -> hidden_BLD, taps, penalties; key None = evaluation."""
+    unembed: Callable[[Params, jax.Array], jax.Array]
+    """(params, hidden [..., D]) -> logits [..., V]; called chunk by chunk."""
+    axes: Any
+    """Pytree like params, of tuples of logical axis names (`jaxlm.sharding`)."""
+    chunk: int = 0
+    """Tokens whose logits exist at one time in a loss; 0 = all of them."""
+
+
+class Aux(NamedTuple):
+    """What an objective reports next to its summed loss."""
+
+    weight: jax.Array  # [] tokens or pairs that the loss and every metric are summed over
+    metrics: dict[str, jax.Array]  # [] each, summed over the same weight
+    taps: Any = None  # (sum of mask * |y| per output unit, sum of mask), float32, partial params tree
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes."""
+
+    step: jax.Array  # [] int32, optimizer steps taken
+    params: Params
+    opt_state: Any
+    extras: Extras
+    guard: Any = ()  # [2] int32: updates skipped in all, and in a row (jaxlm.step)
+
+
+Objective = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[jax.Array, Aux]]
+Selector = Callable[
+    [LM, Params, Extras, Batch, jax.Array], tuple[Batch, dict[str, jax.Array]]
+]
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A pytree that the objective, the selector or the wrap reads next to the params.
+
+    `init(params, load) -> pytree` runs once, at the start of a run; `load(path)` reads the params
+    of a finished run, already sharded like the params. `axes` are its logical axes; None = those
+    of the params. With `evaluate`, evaluation scores it too, as another set of params.
+    """
+
+    init: Callable[[Params, Callable[[str], Params]], Any]
+    axes: Any = None
+    evaluate: bool = False
+
+
+class Between(NamedTuple):
+    """`fn(params, extras) -> {name: new value}` after every `every`-th step, compiled apart."""
+
+    every: int
+    writes: tuple[str, ...]
+    fn: Callable[[Params, Extras], Extras]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Five optional parts; see the module docstring for when each is called."""
+
+    objective: Objective | None = None
+    separable: bool = True  # the loss is a sum over rows, so micro-batches may be summed
+    select: Selector | None = None
+    oversample: int = 1  # rows that `select` sees for each row it keeps
+    wrap: Wrap | None = None  # optimizer -> optimizer
+    extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
+    between: tuple[Between, ...] = ()
+
+
+def compose(*parts: Method) -> Method:
+    """Merges methods into one.
+
+    Wraps nest with the first part outermost: it sees the gradients first. Raises `ValueError` for
+    two objectives, two selectors, two extras of one name, or a `between` writing an unknown extra.
+    """
+
+    def only(field):
+        found = [getattr(part, field) for part in parts if getattr(part, field) is not None]
+        if len(found) > 1:
+            raise ValueError(f"{len(found)} of the composed methods bring their own {field}; at most one may")
+        return found[0] if found else None
+
+    extras: dict[str, Extra] = {}
+    for part in parts:
+        if clash := extras.keys() & part.extras.keys():
+            raise ValueError(f"the extras {sorted(clash)} are defined by more than one method")
+        extras |= part.extras
+    between = tuple(b for part in parts for b in part.between)
+    if unknown := {name for b in between for name in b.writes} - extras.keys():
+        raise ValueError(
+            f"{sorted(unknown)} is written between steps but no composed method defines it"
+        )
+    wraps = [part.wrap for part in parts if part.wrap]
+
+    def wrap(tx):
+        for outer in reversed(wraps):
+            tx = outer(tx)
+        return tx
+
+    return Method(
+        objective=only("objective"),
+        separable=all(part.separable for part in parts),
+        select=only("select"),
+        oversample=max((part.oversample for part in parts), default=1),
+        wrap=wrap if wraps else None,
+        extras=extras,
+        between=between,
+    )
+
+
+def copy_of_params(params: Params, load: Callable[[str], Params]) -> Params:
+    """`Extra.init` of an extra that starts as the params, copied since the step donates them."""
+    del load
+    return jax.tree.map(jnp.copy, params)
