@@ -1,0 +1,1 @@
+"""Language models as pure functions (`jaxlm.contract.LM`); Flax NNX stays behind this door."""
