@@ -57,7 +57,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     extras: Extras
-    guard: Any = ()  # [2] int32: updates skipped in all, and in a row (jaxlm.step)
+    guard: Any = ()  # what the guards against bad updates remember (jaxlm.step)
 
 
 Objective = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[jax.Array, Aux]]

@@ -1,0 +1,149 @@
+"""One training step for every method: select -> sum gradients over micro-batches -> update.
+
+Losses, metrics, taps and gradients are sums; they are divided once, by the summed weight, so that
+accumulation, packing, padding and sharding cannot change the result.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.contract import LM, Method, TrainState
+
+GUARD_MEMORY = 0.98  # of the running mean and variance of the loss that the spike guard reads
+GUARD_WARMUP = 100  # steps it watches before it judges
+
+
+def init_guard():
+    """What the guards remember: updates skipped in all and in a row, and the loss so far."""
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return {"skipped": none, "in_row": none, "seen": none, "mean": zero, "variance": zero}
+
+
+def init_state(params, method: Method, tx, load=None) -> TrainState:
+    """The state at the start of a run. Traceable where no extra calls `load`."""
+    extras = {name: extra.init(params, load) for name, extra in method.extras.items()}
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extras, init_guard())
+
+
+def make_step(
+    lm: LM, method: Method, tx, *, accumulate: int = 1, spike_sigmas: float = 0.0, shardings=None
+):
+    """Returns the jitted `step(state, batch, key) -> state, metrics`; the state is donated.
+
+    An update whose loss or gradient is not finite is skipped: params and moments stay, while the
+    step and every count advance. With `spike_sigmas` > 0 so is one whose loss lies that many
+    standard deviations above its running mean. `shardings`: those of the state, or None.
+    Raises `ValueError` where the method cannot be trained so.
+    """
+    if method.objective is None:
+        raise ValueError("the method has no objective: add one, such as next_token or dpo")
+    if accumulate > 1 and not method.separable:
+        raise ValueError("this objective is no sum over rows, so --config.accumulate must be 1")
+
+    def step(state, batch, key):
+        select_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+        metrics = {}
+        if method.select:
+            with jax.named_scope("select"):
+                batch, metrics = method.select(lm, state.params, state.extras, batch, select_key)
+
+        def micro_grads(micro_batch, micro_key):
+            loss_fn = lambda p: method.objective(lm, p, state.extras, micro_batch, micro_key)
+            (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            return loss, aux, grads
+
+        loss, aux, grads = _sum_over_micro_batches(micro_grads, batch, loss_key, accumulate)
+        mean = lambda tree: jax.tree.map(lambda x: x / aux.weight, tree)
+        loss, grads = mean((loss, grads))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(
+                grads, state.opt_state, state.params, taps=aux.taps, extras=state.extras
+            )
+            params = optax.apply_updates(state.params, updates)
+        norm_grads = optax.tree.norm(grads)
+        good, guard = _judge(state.guard, loss, norm_grads, spike_sigmas)
+        params, opt_state = _unless(good, (params, opt_state), (state.params, state.opt_state))
+        metrics |= mean(aux.metrics) | {
+            "loss": loss,
+            "weight": aux.weight,
+            "norm/grads": norm_grads,
+            "norm/updates": optax.tree.norm(updates),
+            "skipped": guard["skipped"],
+            "skipped_in_row": guard["in_row"],
+        }
+        return TrainState(state.step + 1, params, opt_state, state.extras, guard), metrics
+
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _sum_over_micro_batches(fn, batch, key, accumulate):
+    """Sums loss, weight, metrics, taps and grads, so that uneven micro-batches weigh as they should."""
+    if accumulate == 1:
+        return fn(batch, key)
+    # Every accumulate-th row, not a run of rows: rows of one device stay on it.
+    split = jax.tree.map(
+        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+    )
+    xs = (split, jax.random.split(key, accumulate))
+    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, fn(*x)), None), zeros, xs)[0]
+
+
+def _judge(guard, loss, norm_grads, spike_sigmas):
+    """Whether to take the update, and what the guards remember of it."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm_grads)
+    limit = guard["mean"] + spike_sigmas * jnp.sqrt(guard["variance"])
+    spike = (spike_sigmas > 0) & (guard["seen"] >= GUARD_WARMUP) & (loss > limit)
+    good = finite & ~spike
+    memory = jnp.where(guard["seen"] == 0, 0.0, GUARD_MEMORY)
+    mean = memory * guard["mean"] + (1 - memory) * loss
+    off = (loss - guard["mean"]) * (loss - mean)  # one-pass variance; first loss gives loss * 0
+    judged = {
+        "skipped": guard["skipped"],
+        "in_row": jnp.zeros_like(guard["in_row"]),
+        "seen": guard["seen"] + 1,
+        "mean": mean,
+        "variance": memory * guard["variance"] + (1 - memory) * off,
+    }
+    skipped = guard | {"skipped": guard["skipped"] + 1, "in_row": guard["in_row"] + 1}
+    return good, {name: jnp.where(good, judged[name], skipped[name]) for name in guard}
+
+
+def _unless(good, new, old):
+    """`new` if good, else `old`; integers (the counts that schedules read) are always new."""
+    keep = lambda n, o: n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(good, n, o)
+    return jax.tree.map(keep, new, old)
+
+
+def make_between(method: Method):
+    """Returns `between(step, state) -> state`, to call after each step with the steps taken."""
+
+    def compile_one(b):
+        def fn(written, rest, params):
+            return b.fn(params, {**rest, **written})
+
+        return b, jax.jit(fn, donate_argnums=0)
+
+    compiled = [compile_one(b) for b in method.between]
+
+    def between(step: int, state: TrainState) -> TrainState:
+        for b, fn in compiled:
+            if step % b.every == 0:
+                written = {name: state.extras[name] for name in b.writes}
+                rest = {k: v for k, v in state.extras.items() if k not in written}
+                state = state._replace(extras={**rest, **fn(written, rest, state.params)})
+        return state
+
+    return between
+
+
+def written_extras(method: Method) -> set[str]:
+    """Extras that change during a run, and so belong to every checkpoint.
+
+    The others belong to the start of the run: they are saved once, and never made anew from
+    restored params, which would silently move a frozen reference.
+    """
+    return {name for b in method.between for name in b.writes}
