@@ -1,4 +1,5 @@
-"""Strict by default: warnings are errors, ranks never promote silently, eight fake CPU devices.
+"""Strict by default: ranks never promote silently, eight fake CPU devices; warnings are errors, but
+for those that pyproject.toml names.
 
 Compiled programs are kept between runs in the cache folder, so that the suite's second run, and
 every test that compiles what another compiled, starts warm.
@@ -20,27 +21,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jaxlm" / "xla-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-# Warnings that are not ours to mend: (category, module pattern or message pattern, why).
-ALLOWED_WARNINGS = (
-    "ignore::DeprecationWarning:orbax.*",
-    "ignore::DeprecationWarning:flax.*",
-    "ignore::DeprecationWarning:tensorflow_datasets.*",
-    "ignore::DeprecationWarning:etils.*",
-    "ignore::DeprecationWarning:google.*",
-    "ignore::DeprecationWarning:importlib.*",
-    "ignore:.*Sharding info not provided.*:UserWarning",  # orbax, when we mean it
-    "ignore:.*fork.*:DeprecationWarning",  # multiprocessing of other libraries
-    "ignore:.*fork.*:RuntimeWarning",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.filterwarnings("error"), append=False)
-        for allowed in ALLOWED_WARNINGS:
-            item.add_marker(pytest.mark.filterwarnings(allowed))
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
