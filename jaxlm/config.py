@@ -1,0 +1,344 @@
+"""From a recipe's ConfigDict to a checked `Run`.
+
+`ml_collections` is the front end: each key can be set on the command line, its type checked. The
+keys come from the dataclasses and from the keyword arguments of the methods, so that nothing is
+written twice. Whatever can be wrong with a config is told here, before anything is compiled, in
+one sentence that names the key, the value and the remedy (`ValueError`).
+"""
+
+import dataclasses
+import difflib
+import functools
+import typing
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxlm import methods
+from jaxlm.contract import Method, compose
+from jaxlm.data.prepare import DataSpec
+from jaxlm.data.sources import SourceSpec, parse_added
+from jaxlm.models.transformer import DecoderConfig
+from jaxlm.optim.build import OptimizerSpec
+from jaxlm.sharding import MeshSpec, rows_divide_by
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    every: int = 500  # steps
+    keep: int = 2  # newest ones kept
+    keep_best: str = ""  # also keep the best by this evaluation figure, e.g. "loss/code"
+    verify: str = "full"  # "full": hash each file; "sizes": only their sizes, for large models
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+    every: int = 0  # steps; 0 = only at the end
+    batch: int = 32  # rows scored at a time
+    stride: int = 0  # tokens newly scored in each window; 0 = half the length
+    characters: int = 2**21  # of each held-out source, at most; whole documents
+    samples: str = "0.1 0.5 1"  # shares of the run after which continuations are written
+    sample_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+    every: int = 10  # steps
+    tensorboard: bool = True
+    wandb: str = ""  # project; needs the extra jaxlm[wandb]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardSpec:
+    stop_after: int = 10  # updates skipped in a row
+    spike_sigmas: float = 0.0  # skip a loss that far above its running mean; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSpec:
+    checkpoint: str = ""  # a work folder or checkpoint whose params the run starts from
+
+
+GROUPS = {
+    "model": DecoderConfig,
+    "optimizer": OptimizerSpec,
+    "data": DataSpec,
+    "mesh": MeshSpec,
+    "checkpoint": CheckpointSpec,
+    "eval": EvalSpec,
+    "log": LogSpec,
+    "guard": GuardSpec,
+    "init": InitSpec,
+}
+TOP = {
+    "name": "run",
+    "workdir": "",  # empty: runs/<name>
+    "seed": 0,
+    "steps": 1000,
+    "batch": 16,  # rows of one optimizer step, over all devices and micro-batches
+    "accumulate": 1,  # micro-batches
+    "method": "next_token",
+    "expected": "",  # at most these bits per character, e.g. "code=1.30 prose=1.60"
+}
+# What a restarted run may change: nothing that the curve depends on.
+FREE = ("workdir", "expected", "mesh.", "checkpoint.", "eval.", "log.", "data.workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked config: what `train` builds from."""
+
+    name: str
+    workdir: Path
+    seed: int
+    steps: int
+    batch: int
+    accumulate: int
+    expected: dict[str, float]
+    method: Method
+    model: DecoderConfig
+    optimizer: OptimizerSpec
+    data: DataSpec
+    mesh: MeshSpec
+    checkpoint: CheckpointSpec
+    eval: EvalSpec
+    log: LogSpec
+    guard: GuardSpec
+    init: InitSpec
+    config: dict[str, Any]  # the resolved config, cut down to the groups in use
+    changed: dict[str, list]  # dotted key -> [default, value]
+
+    @property
+    def rows(self) -> int:
+        """Rows drawn for one step; more than `batch` where the method selects."""
+        return self.batch * self.method.oversample
+
+    def check_devices(self, mesh) -> None:
+        """Raises `ValueError` if the batch cannot lie on this mesh."""
+        ways = rows_divide_by(mesh)
+        if self.batch % (self.accumulate * ways):
+            raise ValueError(
+                f"config.batch={self.batch} must be a multiple of config.accumulate × devices that "
+                f"share the batch (data × fsdp) = {self.accumulate} × {ways}"
+            )
+        if self.data.length % mesh.shape["sequence"]:
+            raise ValueError(
+                f"config.data.length={self.data.length} must be a multiple of "
+                f"config.mesh.sequence={mesh.shape['sequence']}"
+            )
+
+
+def defaults() -> ConfigDict:
+    """Every key with its default, locked: a recipe's typo is an error, not a new key."""
+    c = ConfigDict(TOP)
+    for name, spec in GROUPS.items():
+        c[name] = _fields(spec)
+    c.data.mix = ConfigDict()
+    c.data.add = ""  # more sources from the command line: name:path:weight,...
+    for name, method in methods.METHODS.items():
+        c[name] = methods.knobs(method)
+    c.lock()
+    c.data.mix.unlock()
+    return c
+
+
+def source(**keys) -> ConfigDict:
+    """One entry of `config.data.mix`, with all keys of a source so that each can be overridden."""
+    c = ConfigDict({k: v for k, v in _fields(SourceSpec).items() if k != "name"})
+    c.lock()
+    c.update(keys)
+    return c
+
+
+def check(c: ConfigDict) -> Run:
+    """Builds and checks the run that a config describes. Raises `ValueError` for people."""
+    for key in ("steps", "batch", "accumulate"):
+        if c[key] < 1:
+            raise ValueError(f"config.{key}={c[key]} must be at least 1")
+    groups = {
+        name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"
+    }
+    method, used = _method(c)
+    if method.objective is None:
+        raise ValueError(f"config.method={c.method!r} has no objective; add next_token or dpo")
+    if c.accumulate > 1 and not method.separable:
+        raise ValueError(f"config.method={c.method!r} is no sum over rows: set config.accumulate=1")
+    unused = set(methods.METHODS) - used
+    flat = {k: v for k, v in flatten(c.to_dict()).items() if k.split(".")[0] not in unused}
+    workdir = c.workdir or f"runs/{c.name}"
+    flat["workdir"] = workdir
+    return Run(
+        **groups,
+        **{k: c[k] for k in ("name", "seed", "steps", "batch", "accumulate")},
+        workdir=Path(workdir).expanduser(),
+        expected=_expected(c.expected),
+        method=method,
+        data=_data(c.data),
+        config=flat,
+        changed=_changed(flat),
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps a run from being continued: one line per key that differs and matters."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
+        was, now = _plain(old.get(key)), _plain(new.get(key))
+        if was != now and not free:
+            lines.append(f"{key}: {was!r} there, {now!r} here")
+    return lines
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict:
+    """The opposite of `flatten`."""
+    tree: dict = {}
+    for key, value in flat.items():
+        *groups, last = key.split(".")
+        functools.reduce(lambda t, g: t.setdefault(g, {}), groups, tree)[last] = value
+    return tree
+
+
+def from_saved(flat: dict[str, Any]) -> Run:
+    """The run that a checkpoint or run.json describes, for generation and evaluation."""
+    c = defaults()
+    for key, value in flat.items():
+        *groups, last = key.split(".")
+        if groups[:2] == ["data", "mix"]:
+            c.data.mix.setdefault(groups[2], source())
+        group = functools.reduce(lambda t, g: t[g], groups, c)
+        if last in group:
+            group[last] = tuple(value) if isinstance(value, list) else value
+    return check(c)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse(argv: list[str], usage: str) -> tuple[ConfigDict, Any]:
+    """Reads `--config=FILE --config.key=value ...`; returns the config and the other flags.
+
+    Exits with one line for a key, value or file that is wrong.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "The recipe.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Say what would run, and stop.", flag_values=values)
+    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+        print(usage.strip())
+        raise SystemExit(0)
+    try:
+        rest = values(argv)
+        if values["config"].value is None:
+            raise ValueError("no recipe given: add --config=configs/quickstart.py, say")
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r} is no flag; keys are set like --config.steps=100")
+        return values["config"].value, values
+    except FileNotFoundError as e:
+        raise SystemExit(f"config: there is no recipe {_recipe(argv)!r} ({e.strerror})") from None
+    except SyntaxError as e:
+        raise SystemExit(f"config: {e.filename}, line {e.lineno}: {e.msg}") from None
+    except (AttributeError, KeyError, ValueError, TypeError, OSError, flags.Error) as e:
+        raise SystemExit(f"config: {_for_people(e, argv)}") from None
+
+
+def _recipe(argv):
+    found = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    return found[-1].split(":")[0] if found else ""
+
+
+def _for_people(error, argv):
+    """The message without quotes and line breaks, and the nearest key where one is unknown."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    keys = [a[9:].split("=")[0] for a in argv if a.startswith("--config.")]
+    known = flatten(defaults().to_dict())
+    for key in keys:
+        if key not in known and not key.startswith("data.mix."):
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            tail = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            hint = (near or tail or [""])[0]
+            return f"there is no key {key!r}" + (f"; did you mean --config.{hint}?" if hint else "")
+    return text.strip("\"'")
+
+
+# ---------------------------------------------------------------- building the parts
+
+
+def _fields(spec) -> dict[str, Any]:
+    """Field -> default of a dataclass, cast by annotation: a float knob written 1 takes 0.5 too."""
+    kinds = typing.get_type_hints(spec)
+    plain = (bool, int, float, str)
+    out = {}
+    for field in dataclasses.fields(spec):
+        if kinds[field.name] in plain:
+            default = "" if field.default is dataclasses.MISSING else field.default
+            out[field.name] = kinds[field.name](default)
+    return out
+
+
+def _build(spec, group: ConfigDict, name: str):
+    try:
+        return spec(**{k: v for k, v in group.items() if k in _fields(spec)})
+    except ValueError as e:
+        raise ValueError(f"config.{name}: {e}") from None
+
+
+def _data(group: ConfigDict) -> DataSpec:
+    """The data group and its mixture; a source's name is its key in the mixture."""
+    sources = [
+        SourceSpec(name=name, **dict(entry)) for name, entry in group.mix.items()
+    ]
+    sources += parse_added(group.add)
+    if not sources:
+        raise ValueError(
+            "the mixture is empty: set config.data.mix in the recipe, or "
+            "--config.data.add=name:path:weight"
+        )
+    keys = {k: v for k, v in group.items() if k not in ("mix", "add")}
+    return DataSpec(sources=tuple(sources), **keys)
+
+
+def _method(c: ConfigDict) -> tuple[Method, set[str]]:
+    """The composed method, and the names of the groups it reads."""
+    parts, used = [], set()
+    for name in (part.strip() for part in c.method.split("+")):
+        make = methods.resolve(name)
+        group = name.split(":")[-1]
+        used.add(group)
+        try:
+            parts.append(make(**dict(c.get(group, {}))))
+        except ValueError as e:
+            raise ValueError(f"config.{group}: {e}") from None
+    return compose(*parts), used
+
+
+def _expected(text: str) -> dict[str, float]:
+    try:
+        return {k: float(v) for k, v in (part.split("=") for part in text.split())}
+    except ValueError:
+        raise ValueError(f"config.expected={text!r} should look like 'code=1.30'") from None
+
+
+def _changed(flat):
+    known = flatten(defaults().to_dict())
+    return {
+        k: [known.get(k), v] for k, v in flat.items() if _plain(known.get(k)) != _plain(v)
+    }
+
+
+def _plain(value):
+    """Tuples and lists alike, as JSON brings them back."""
+    return list(value) if isinstance(value, tuple) else value
+
