@@ -1,0 +1,142 @@
+"""What a decoder can be: its options, what their zeros stand for, and which shapes are impossible.
+
+The fields of `DecoderConfig` are the keys of `config.model`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+import jax
+
+from jaxlm.models import attention
+
+# Name of the feed-forward's form -> its nonlinearity, and whether a gate multiplies the up part.
+ACTIVATIONS = {
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (jax.nn.gelu, True),  # the tanh form, as in Gemma
+    "gelu": (jax.nn.gelu, False),
+}
+
+_policies = jax.checkpoint_policies
+# What the backward pass finds stored of a block; the rest it computes again. None = store all.
+REMAT = {
+    "none": None,
+    "full": _policies.nothing_saveable,  # the inputs of each block only: least memory, +33 % FLOPs
+    "dots": _policies.dots_saveable,
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # not the attention scores
+    "dots_offloaded": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "attention": _policies.save_only_these_names("attention"),  # what attention read and returned
+}
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder; its defaults are a Llama, its options the rest of the family."""
+
+    vocabulary: int = 0  # in a config, 0 = what the tokenizer has
+    width: int = 128
+    layers: int = 4
+    heads: int = 2
+    kv_heads: int = 0  # 0 = heads; fewer = grouped queries, 1 = multi-query
+    head_width: int = 0  # 0 = width / heads
+    ffn_width: int = 0  # 0 = 8/3 · width rounded up to 64 with a gate, else 4 · width
+    activation: str = "swiglu"  # a name of ACTIVATIONS
+    qkv_bias: bool = False  # on query, key and value only (Qwen 2)
+    bias: bool = False  # on every kernel but the head's
+    tied: bool = True  # the head is the embedding table
+    qk_norm: bool = False  # normalises queries and keys head by head (Qwen 3)
+    window: int = 0  # positions a query sees, itself included; 0 = all before it
+    attention_soft_cap: float = 0.0  # scores through c·tanh(s/c); 0 = off
+    logit_soft_cap: float = 0.0
+    parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_scale: float = 1.0  # multiplies the standard deviation of every initial kernel
+    dtype: str = "float32"  # of activations and products; norms, softmax, logits stay float32
+    param_dtype: str = "float32"
+    scan_layers: str = "auto"  # on | off | auto: on for a TPU
+    remat: str = "none"  # a name of REMAT
+    attention: str = "auto"  # a name of attention.BACKENDS, or auto
+    loss_chunk: int = 0  # tokens whose logits exist at one time; 0 = all
+
+
+def resolve(config: DecoderConfig, platform: str) -> DecoderConfig:
+    """Fills in what zeros and autos stand for. Raises `ValueError` for what cannot be built."""
+    known("activation", config.activation, ACTIVATIONS)
+    known("remat", config.remat, REMAT)
+    known("dtype", config.dtype, DTYPES)
+    known("param_dtype", config.param_dtype, DTYPES)
+    known("scan_layers", config.scan_layers, ("auto", "on", "off"))
+    known("attention", config.attention, ("auto", *attention.usable(platform)))
+    _refuse_signs(config)
+    _refuse_heads(config)
+    gated = ACTIVATIONS[config.activation][1]
+    ffn_width = -(-8 * config.width // (3 * 64)) * 64 if gated else 4 * config.width
+    scan = "on" if platform == "tpu" else "off"
+    return dataclasses.replace(
+        config,
+        kv_heads=config.kv_heads or config.heads,
+        head_width=config.head_width or config.width // config.heads,
+        ffn_width=config.ffn_width or ffn_width,
+        scan_layers=scan if config.scan_layers == "auto" else config.scan_layers,
+        attention=attention.resolve(config.attention, platform),
+    )
+
+
+def known(key: str, value: str, names: Iterable[str]) -> None:
+    """Raises `ValueError`, naming the nearest, unless `config.model.<key>` is one of `names`."""
+    names = list(names)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value), names, n=1)
+    raise ValueError(
+        f"config.model.{key} is {value!r}, which is not one of {', '.join(map(repr, names))}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+    )
+
+
+def _refuse_signs(config):
+    for key in ("vocabulary", "width", "layers", "heads"):
+        if getattr(config, key) < 1:
+            raise ValueError(
+                f"config.model.{key} is {getattr(config, key)} and has to be at least 1"
+                + (": set it to the size of the tokenizer." if key == "vocabulary" else ".")
+            )
+    for key in ("kv_heads", "head_width", "ffn_width", "window", "loss_chunk"):
+        if getattr(config, key) < 0:
+            raise ValueError(
+                f"config.model.{key} is {getattr(config, key)} and cannot be negative; "
+                "0 stands for its default."
+            )
+    for key in ("attention_soft_cap", "logit_soft_cap"):
+        if getattr(config, key) < 0:
+            raise ValueError(
+                f"config.model.{key} is {getattr(config, key)} and cannot be negative; 0 = off."
+            )
+    for key in ("rope_theta", "norm_eps", "init_scale"):
+        if not getattr(config, key) > 0:
+            raise ValueError(
+                f"config.model.{key} is {getattr(config, key)} and has to be greater than 0."
+            )
+
+
+def _refuse_heads(config):
+    heads, kv_heads = config.heads, config.kv_heads or config.heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"config.model.heads is {heads}, which config.model.kv_heads = {kv_heads} does not "
+            "divide: each key/value head serves the same number of query heads."
+        )
+    if not config.head_width and config.width % heads:
+        raise ValueError(
+            f"config.model.width is {config.width}, which config.model.heads = {heads} does not "
+            "divide; change one of them or set config.model.head_width."
+        )
+    if (config.head_width or config.width // heads) % 2:
+        raise ValueError(
+            f"config.model.head_width is {config.head_width or config.width // heads}, but rotary "
+            "positions turn pairs of units, so it has to be even; set config.model.head_width."
+        )

@@ -1,0 +1,211 @@
+"""A decoder for the Llama family: pure functions outside, Flax NNX modules inside.
+
+Letters: B batch, L length, D width, V vocabulary.
+
+Params are a plain dict:
+  embed/table [V, D]
+  blocks/…/attention_norm, attention/{query, key, value, output}, mlp_norm, mlp/{gate, up, down}
+  final_norm/scale, head/kernel [D, V] unless tied
+Scanned, each leaf of `blocks` has a leading layer axis; else there is one dict per layer, named
+"0", "1", ... . The numbers are the same: `stack_layers` and `unstack_layers` go between the two.
+
+Embedding and head have variance 1/(4·width): logits then start near zero, and the loss near
+log V. That holds for a tied head too, since the blocks write with scale 1 to the
+residual stream and drown the token's own embedding.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm import sharding
+from jaxlm.contract import LM, Params
+from jaxlm.models import layers
+from jaxlm.models.options import REMAT, DecoderConfig, resolve
+
+__all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers", "unstack_layers"]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then + mlp(norm(·)): of the sum, or of x when parallel."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm = layers.RMSNorm(config.width, config)
+        self.attention = layers.SelfAttention(config, rngs)
+        self.mlp_norm = layers.RMSNorm(config.width, config)
+        self.mlp = layers.FeedForward(config, rngs)
+        self.parallel = config.parallel_residual
+
+    def __call__(self, x_BLD, context: layers.Context):
+        mixed_BLD, attention_taps = self.attention(self.attention_norm(x_BLD), context)
+        between_BLD = x_BLD + mixed_BLD
+        mlp_input_BLD = self.mlp_norm(x_BLD if self.parallel else between_BLD)
+        fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
+        return between_BLD + fed_BLD, {"attention": attention_taps, "mlp": mlp_taps}
+
+
+class Embedding(nnx.Module):
+    """A vector per token, and a tied head's logits."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        draw = layers.truncated_normal(config.init_scale**2 / 4, "fan_out")
+        shape = config.vocabulary, config.width
+        self.table = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
+        self.dtype = config.dtype
+
+    def __call__(self, tokens_BL):
+        x_BLD = sharding.take_rows(self.table[...], tokens_BL, "batch", "length", "width")
+        return x_BLD.astype(self.dtype)
+
+    def logits(self, hidden):
+        table_VD = sharding.constrain(self.table[...].astype(hidden.dtype), "vocabulary", None)
+        return jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+
+
+class Head(nnx.Module):
+    """Logits from a kernel of its own."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        draw = layers.truncated_normal(config.init_scale**2 / 4)
+        shape = config.width, config.vocabulary
+        self.kernel = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
+
+    def logits(self, hidden):
+        kernel_DV = sharding.constrain(self.kernel[...].astype(hidden.dtype), None, "vocabulary")
+        return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
+
+
+class Ends(nnx.Module):
+    """What lies before and after the blocks."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.embed = Embedding(config, rngs)
+        self.final_norm = layers.RMSNorm(config.width, config)
+        self.head = None if config.tied else Head(config, rngs)
+
+
+def decoder(config: DecoderConfig, platform: str) -> LM:
+    """The language model of a config on a platform: `cpu`, `gpu` or `tpu`.
+
+    Raises `ValueError` for shapes that cannot be and names that are not known.
+    """
+    config = resolve(config, platform)
+    init_ends, ends_of = functional(lambda rngs: Ends(config, rngs))
+    init_block, block_of = functional(lambda rngs: Block(config, rngs))
+    scanned = config.scan_layers == "on"
+
+    def init(key):
+        ends_key, blocks_key = jax.random.split(key)
+        blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.layers))
+        params = {**init_ends(ends_key), "blocks": blocks}
+        return params if scanned else unstack_layers(params)
+
+    def hidden(params, batch, key=None):
+        del key  # nothing here is random
+        ends = ends_of(_without_blocks(params))
+        context = layers.Context(
+            mask_BL=(batch["segments"] > 0).astype(jnp.float32),
+            segments_BL=batch["segments"],
+            positions_BL=batch["positions"],
+            turns_BLK=layers.rope_turns(batch["positions"], config.head_width, config.rope_theta),
+        )
+
+        def block(x_BLD, block_params):
+            x_BLD, taps = block_of(block_params)(x_BLD, context)
+            return sharding.constrain(x_BLD, "batch", "length", "width"), taps
+
+        x_BLD = ends.embed(batch["tokens"])
+        x_BLD, taps = _through(rematerialized(block, config), x_BLD, params["blocks"], scanned)
+        return ends.final_norm(x_BLD), {"blocks": taps}, {}
+
+    def unembed(params, hidden):
+        ends = ends_of(_without_blocks(params))
+        logits = (ends.embed if config.tied else ends.head).logits(hidden)
+        return layers.soft_cap(logits, config.logit_soft_cap)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, scanned), shapes)
+    return LM(init, hidden, unembed, axes, config.loss_chunk)
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
+    """A module as two functions: key -> plain dict of params, and that dict -> module."""
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)[1])
+
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+    return init, lambda params: nnx.merge(graphdef, params)
+
+
+def rematerialized(block: Callable, config: DecoderConfig) -> Callable:
+    """The block, storing for its backward pass only what `config.remat` says."""
+    if config.remat == "none":
+        return block
+    # A scan's body is its own computation already; unrolled, XLA could merge the two passes.
+    prevent_cse = config.scan_layers == "off"
+    return jax.checkpoint(block, policy=REMAT[config.remat], prevent_cse=prevent_cse)
+
+
+def stack_layers(params: Params) -> Params:
+    """Params (or taps) with `blocks` as one stack; those that have it already are returned."""
+    blocks = params["blocks"]
+    if "0" not in blocks:
+        return params
+    ordered = [blocks[str(i)] for i in range(len(blocks))]
+    return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Params (or taps) with `blocks` as a dict of layers; the inverse of `stack_layers`."""
+    blocks = params["blocks"]
+    if "0" in blocks:
+        return params
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], blocks)
+    return {**params, "blocks": {str(i): layer(i) for i in range(count)}}
+
+
+def parameter_count_by_part(params: Any) -> dict[str, int]:
+    """Parameters of the embedding, attention, mlp, norms and head, from params or their shapes."""
+    counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = _names(path)
+        if names[-1] == "scale":
+            part = "norms"
+        else:
+            part = next(n for n in ("embed", "attention", "mlp", "head") if n in names)
+        counts["embedding" if part == "embed" else part] += math.prod(leaf.shape)
+    return counts
+
+
+def _through(block, x, blocks, scanned):
+    """x through all blocks in turn, and their taps in the form of `blocks`."""
+    if scanned:
+        return jax.lax.scan(block, x, blocks)
+    taps = {}
+    for i in range(len(blocks)):
+        x, taps[str(i)] = block(x, blocks[str(i)])
+    return x, taps
+
+
+def _axes(path, scanned):
+    """Logical axes of the param at a path."""
+    *parents, kind = _names(path)
+    if kind == "table":
+        return "vocabulary", "embed"
+    axes = ("norm",) if kind == "scale" else layers.KERNEL_AXES[parents[-1]]
+    axes = axes[1:] if kind == "bias" else axes
+    return ("layers", *axes) if scanned and parents[0] == "blocks" else axes
+
+
+def _names(path):
+    return [entry.key for entry in path]
+
+
+def _without_blocks(params):
+    return {name: part for name, part in params.items() if name != "blocks"}
