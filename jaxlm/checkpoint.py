@@ -1,0 +1,236 @@
+"""Checkpoints: saved in the background, checked before they are trusted.
+
+    with Checkpoints(workdir / "checkpoints", keep=2, keep_best="loss") as checkpoints:
+        checkpoints.save(step, {"params": params, "opt_state": opt_state}, about, {"loss": 1.2})
+        ...
+        step = checkpoints.latest()
+        trees = checkpoints.restore(step, {"params": abstract})  # any mesh, any subset of items
+
+A checkpoint is a folder named by its step: its trees of arrays (`jaxlm.storage`) and a digest
+(`jaxlm.digest`) that makes it count. Old ones are removed only after the new one has its digest.
+"""
+
+import math
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxlm import digest as digests
+from jaxlm import storage
+from jaxlm.digest import Damaged
+from jaxlm.storage import SaveError
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Keeps the newest `keep` and, with `keep_best`, the one whose metric of that name is lowest.
+    `verify` compares the hash of every file, or only their `sizes` (for checkpoints of many GB).
+    `say` is called with a sentence about each checkpoint that is skipped or moved aside.
+    """
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        keep: int = 2,
+        keep_best: str = "",
+        verify: str = "full",
+        say: Callable[[str], None] = print,
+    ):
+        if verify not in ("full", "sizes"):
+            raise ValueError(f"checkpoint.verify is {verify!r}; it may be 'full' or 'sizes'")
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep, self.keep_best, self.verify, self.say = keep, keep_best, verify, say
+        self._at: int | None = None  # the step that was saved or restored last
+        self._tidied = False
+        self._metrics: dict[int, dict[str, float]] = {}  # of the steps known to be good
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        try:
+            self.wait()
+        except SaveError as error:
+            if kind is None:
+                raise
+            self.say(str(error))  # the exception on its way out comes first
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        about: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Saves trees of arrays in the background; the arrays may be donated as soon as it returns.
+
+        Waits for the save before, and raises its `SaveError`. `about` is kept as JSON. A step just
+        saved or restored is not saved again. Whatever else stands at this step or later (damaged,
+        or left by a run that was taken back) moves aside.
+        """
+        self.wait()
+        if step == self._at:
+            return
+        if not self._tidied:
+            storage.remove_leftovers(self.directory)
+            self._tidied = True
+        self._move_aside(step)
+        folder = self.directory / str(step)
+        record = storage.record(step, items, about, metrics or {})
+        response = storage.start(folder, items)
+
+        def finish():
+            try:
+                storage.finish(response, folder, record)
+                self._metrics[step] = record.metrics
+                self._prune()
+            except Exception as error:  # raised again by wait()
+                self._error = error
+
+        self._at = step
+        self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last save has its digest on disk. Raises `SaveError` if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error, self._at = self._error, None, None
+            raise error
+
+    def inspect(self) -> dict[int, str]:
+        """Every checkpoint here -> why it cannot be used; "" = it can."""
+        return {step: self._problem(step) for step in _numbered(self.directory)}
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints verify, in order; says which others are skipped, and why."""
+        self.wait()
+        found = self.inspect()
+        for step, problem in found.items():
+            if problem:
+                self.say(f"Checkpoint {step} is skipped: {problem} ({self.directory / str(step)}).")
+        return [step for step, problem in found.items() if not problem]
+
+    def latest(self) -> int | None:
+        """The last of `steps()`; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `about`."""
+        return storage.read(self.directory / str(step)).about
+
+    def restore(
+        self, step: int, abstract: Mapping[str, Any], *, part: bool = False
+    ) -> dict[str, Any]:
+        """The items named in `abstract`, laid out by the shardings of its leaves.
+
+        `abstract` maps items to trees of `jax.ShapeDtypeStruct`. Raises `ValueError` if their
+        names, shapes or dtypes are not those saved; with `part`, a tree may leave arrays out.
+        """
+        self.wait()
+        trees = storage.load(self.directory / str(step), abstract, self.verify, part)
+        self._at = step
+        return trees
+
+    def save_once(self, name: str, tree: Any) -> None:
+        """Saves a tree that belongs to the start of the run, such as a frozen reference; waits."""
+        folder = self.directory / "once" / name
+        storage.remove_leftovers(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        items = {name: tree}
+        storage.finish(storage.start(folder, items), folder, storage.record(0, items, {}, {}))
+
+    def restore_once(self, name: str, abstract: Any) -> Any:
+        """What `save_once` saved. Raises `ValueError` if it is missing or damaged."""
+        folder = self.directory / "once" / name
+        try:
+            return storage.load(folder, {name: abstract}, self.verify)[name]
+        except Damaged as error:
+            raise ValueError(
+                f"{error}. It was saved when the run started and cannot be rebuilt from a later "
+                "step: put back a copy of that folder, or start again in another workdir"
+            ) from None
+
+    def _problem(self, step):
+        try:
+            found = digests.verify(self.directory / str(step), self.verify)
+            if found.step != step:
+                raise Damaged(f"it holds step {found.step}")
+        except (Damaged, OSError) as error:
+            self._metrics.pop(step, None)
+            return str(error)
+        self._metrics[step] = found.metrics
+        return ""
+
+    def _move_aside(self, step):
+        if jax.process_index() != 0:
+            return
+        for later in [s for s in _numbered(self.directory) if s >= step]:
+            aside = self.directory / f"{later}.aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(later)).rename(aside)
+            self.say(f"Checkpoint {later} was moved aside to {aside}: step {step} is saved anew.")
+            self._metrics.pop(later, None)
+
+    def _prune(self):
+        """Removes what is older than the newest good ones, but for the best."""
+        if jax.process_index() != 0:
+            return
+        there = _numbered(self.directory)
+        good = [s for s in there if s in self._metrics or not self._problem(s)]
+        newest = good[-self.keep :]
+        scores = {s: self._metrics[s].get(self.keep_best, math.nan) for s in good}
+        best = min((s for s in good if math.isfinite(scores[s])), key=scores.get, default=None)
+        old = [s for s in there if s < newest[0] and s != best]
+        aside = [s for s in _numbered(self.directory, ".aside") if s < newest[0]]
+        for name in [str(s) for s in old] + [f"{s}.aside" for s in aside]:
+            gone = (self.directory / name).rename(self.directory / f"{name}.deleting")
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def load_params(
+    path: str | pathlib.Path,
+    abstract: Any,
+    *,
+    step: int | None = None,
+    item: str = "params",
+    verify: str = "full",
+    say: Callable[[str], None] = print,
+) -> Any:
+    """The params of another run: of its newest good checkpoint, or of `step`.
+
+    `path` is a work folder, a folder of checkpoints, or one checkpoint.
+    """
+    path = pathlib.Path(path).absolute()
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path} to load {item} from")
+    if any(path.glob(f"{digests.PREFIX}*.json")):
+        return storage.load(path, {item: abstract}, verify)[item]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    checkpoints = Checkpoints(folder, verify=verify, say=say)
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        wanted = "usable checkpoint" if step is None else f"usable checkpoint of step {step}"
+        there = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise ValueError(f"{folder} has no {wanted} to load {item} from{there}")
+    return checkpoints.restore(steps[-1] if step is None else step, {item: abstract})[item]
+
+
+def _numbered(directory, ending=""):
+    """Steps with a folder here, in order, whatever is in it."""
+    if not directory.is_dir():
+        return []
+    names = [path.name.removesuffix(ending) for path in directory.glob(f"*{ending}")]
+    return sorted(int(name) for name in names if name.isdecimal())

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM as a flag that the loop looks at between steps.
+
+    with Signals(print) as signals:
+        for step in ...:
+            ...
+            if signals.stop_requested(step):  # "" or the name of the signal
+                save and return
+
+The first signal asks for a stop after the running step; a second Ctrl-C ends the process at once.
+Under `jax.distributed` all processes must stop at the same step, so JAX's own preemption sync
+point decides instead; a SIGTERM handler of ours would switch that off, so none is installed.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Signals:
+    """A context manager that handles Ctrl-C and SIGTERM while it is open. Main thread only."""
+
+    def __init__(self, say: Callable[[str], None] = print):
+        self._say = say
+        self._requested = ""
+        self._before: dict[int, object] = {}
+        self._together = jax.process_count() > 1
+
+    def __enter__(self):
+        for number in _NAMES:
+            if not (self._together and number == signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_requested(self, step: int) -> str:
+        """The name of the signal that asked to stop after this step, or "".
+
+        With several processes, call it once per step on each: they agree on one step.
+        """
+        if self._together and multihost_utils.reached_preemption_sync_point(step):
+            return self._requested or "SIGTERM"
+        return "" if self._together else self._requested
+
+    def _handle(self, number, frame):
+        name = _NAMES[signal.Signals(number)]
+        if self._requested and number == signal.SIGINT:
+            self._say("Second Ctrl-C: ended at once, without saving.")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)  # sys.exit would wait for the thread that writes a checkpoint
+        if not self._requested:
+            self._requested = name
+            hint = "; Ctrl-C again ends at once without saving" if name == "Ctrl-C" else ""
+            self._say(f"{name}: saving after this step, then ending{hint}.")
+            if self._together:
+                # Ctrl-C reaches one process; SIGTERM is what JAX passes on to all.
+                os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,147 @@
+"""One folder with trees of arrays: written, committed with its digest, read back. All of Orbax.
+
+Orbax (its v1 interface, still called experimental) writes one item per tree and commits them
+together by a rename. Arrays go in under flat names, so the structure of a tree never reaches the
+disk: it comes from the tree restored into, and nothing is pickled.
+"""
+
+import errno
+import json
+import logging
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from jaxlm import digest as digests
+from jaxlm.digest import Damaged, Digest
+
+# Orbax logs whole tracebacks, several times, of errors that are raised here in one sentence.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written. Those before it are untouched."""
+
+
+def record(step, items, about, metrics):
+    """The digest of what is about to be saved."""
+    trees = {item: digests.layout(tree) for item, tree in items.items()}
+    # Through JSON now: what cannot be written is an error here, and later changes do not count.
+    about = json.loads(json.dumps(dict(about)))
+    return Digest(step, trees, about, {name: float(value) for name, value in metrics.items()})
+
+
+def start(folder, items):
+    """Starts writing; Orbax leaves out nothing but trees without arrays, which it refuses."""
+    arrays = {item: found for item, tree in items.items() if (found := digests.named(tree))}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return ocp.save_checkpointables_async(folder, arrays)
+    except (OSError, ValueError) as error:
+        raise _save_error(folder, error) from error
+
+
+def finish(response, folder, record):
+    """Waits for Orbax to commit, then writes the digest; leaves nothing behind if that fails."""
+    try:
+        response.result()
+        digests.write(folder, record, process=jax.process_index(), processes=jax.process_count())
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_leftovers(folder.parent)
+        raise _save_error(folder, error) from error
+
+
+def _save_error(folder, error):
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    why = "the disk is full" if number in _DISK_FULL else str(error).strip().splitlines()[0]
+    return SaveError(
+        f"checkpoint {folder.name} could not be written to {folder.parent}: {why}. The checkpoints "
+        "before it are untouched; "
+        + ("free some space and run" if number in _DISK_FULL else "once that is solved, run")
+        + " the same command to continue from the last one"
+    )
+
+
+def read(folder):
+    """The digest of a checkpoint. Raises `Damaged`, with the folder in the text."""
+    try:
+        return digests.read(folder)
+    except Damaged as error:
+        raise Damaged(f"{folder} cannot be used: {error}") from None
+
+
+def load(folder, abstract, verify, part=False):
+    """Compares with the run first, then the files with their hashes, then reads."""
+    saved = read(folder)
+    _refuse_another_model(folder, saved, abstract, part)
+    try:
+        digests.verify(folder, verify)
+    except Damaged as error:
+        raise Damaged(f"{folder} cannot be used: {error}") from None
+    wanted = {
+        item: {name: _placed(leaf) for name, leaf in found.items()}
+        for item, tree in abstract.items()
+        if (found := digests.named(tree))
+    }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = part
+    with context:
+        arrays = _own(ocp.load_checkpointables(folder, wanted)) if wanted else {}
+    return {
+        item: jax.tree.unflatten(
+            jax.tree.structure(tree), [arrays[item][name] for name in digests.named(tree)]
+        )
+        for item, tree in abstract.items()
+    }
+
+
+def _refuse_another_model(folder, saved, abstract, part):
+    lines = []
+    for item, tree in abstract.items():
+        now = digests.layout(tree)
+        if now and not saved.trees.get(item):
+            held = ", ".join(name for name, arrays in saved.trees.items() if arrays)
+            raise ValueError(f"{folder} holds no {item!r}, only {held}")
+        found = digests.differences(saved.trees.get(item, {}), now, part=part)
+        lines += [f"{item}/{line}" for line in found]
+    if lines:
+        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise ValueError(
+            f"{folder} was saved from another model or optimizer than this run's; "
+            f"{len(lines)} arrays differ:\n  "
+            + "\n  ".join(lines[:8])
+            + f"{more}\nUse another workdir, or the config that the checkpoint was saved with"
+        )
+
+
+def _placed(leaf):
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _own(arrays):
+    """The same arrays in buffers of XLA's own: not all that a restore hands out can be donated.
+
+    Donating them here costs no memory: most pass through, those that cannot are copied.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, arrays)
+    copy = jax.jit(
+        lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings, donate_argnums=0
+    )
+    return copy(arrays)
+
+
+def remove_leftovers(directory):
+    """Removes what saves and deletions that were killed have left behind."""
+    if jax.process_index() == 0:
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
+            for path in directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
