@@ -1,0 +1,49 @@
+"""Model keys of well-known shapes, for recipes: `c.model.update(presets.LLAMA_8B)`.
+
+A preset is what differs from the defaults of `DecoderConfig`. The vocabulary stays with the
+tokenizer. `tests/models/test_presets.py` holds each against the parameter count it is known by.
+Positions turn as in plain RoPE: the longer contexts of Llama 3.1 rescale them, which is not here.
+"""
+
+# Width of the heads: 64 is faster than 32 on a CPU, and so are few layers of few kernels.
+TINY = {"width": 128, "layers": 4, "heads": 2, "qk_norm": True}
+
+SMALL = {"width": 512, "layers": 8, "heads": 8, "kv_heads": 4, "ffn_width": 1408}
+
+# For machines with memory to spare only where their blocks are rematerialized.
+_LLAMA_3 = {
+    "kv_heads": 8,
+    "rope_theta": 500000.0,
+    "norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "remat": "dots_no_batch",
+    "loss_chunk": 2048,
+}
+
+LLAMA_1B = {  # Llama 3.2 1B
+    **_LLAMA_3,
+    "width": 2048,
+    "layers": 16,
+    "heads": 32,
+    "ffn_width": 8192,
+    "tied": True,
+}
+
+LLAMA_8B = {  # Llama 3 and 3.1 8B
+    **_LLAMA_3,
+    "width": 4096,
+    "layers": 32,
+    "heads": 32,
+    "ffn_width": 14336,
+    "tied": False,
+}
+
+LLAMA_70B = {  # Llama 3 and 3.1 70B
+    **_LLAMA_3,
+    "width": 8192,
+    "layers": 80,
+    "heads": 64,
+    "ffn_width": 28672,
+    "tied": False,
+    "remat": "full",
+}

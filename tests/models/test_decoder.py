@@ -1,0 +1,161 @@
+"""The decoder against an independent one, and what must hold for every attention backend."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_llama import llama
+from toy_decoder import build, document, loss_of, pack, shaken, toy, two_rows
+
+from jaxlm.models import attention, layers
+
+FAMILIES = {
+    "llama": {},
+    "multi-head": {"kv_heads": 0, "tied": False},
+    "multi-query": {"kv_heads": 1, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "qwen 2": {"qkv_bias": True},
+    "qwen 3": {"qk_norm": True, "head_width": 12},
+    "gemma 2": {
+        "activation": "geglu",
+        "attention_soft_cap": 2.0,
+        "logit_soft_cap": 3.0,
+        "window": 3,
+    },
+    "gpt-neox": {"activation": "gelu", "bias": True, "parallel_residual": True, "tied": False},
+}
+
+every_backend = pytest.mark.parametrize("backend", attention.usable("cpu"))
+
+
+def close(actual, expected, tolerance=1e-5):
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_logits_and_taps_equal_the_independent_ones(options):
+    config = toy(**options)
+    lm, params, logits_of = build(config)
+    params = shaken(params)
+    logits = logits_of(params, two_rows())
+    taps = jax.jit(lambda params, batch: lm.hidden(params, batch)[1])(params, two_rows())
+    expected = [llama(params, document(n, seed), config) for n, seed in ((4, 0), (6, 1), (12, 2))]
+    for (b, start), (reference, _) in zip([(0, 0), (0, 4), (1, 0)], expected, strict=True):
+        close(logits[b, start : start + len(reference)], reference)
+    summed = jax.tree.map(lambda *parts: sum(parts), *(taps for _, taps in expected))
+    is_tap = lambda x: isinstance(x, tuple)
+    assert jax.tree.structure(summed) == jax.tree.structure(
+        jax.tree.map(lambda tap: tap[0], taps, is_leaf=is_tap)
+    )
+    jax.tree.map(
+        lambda tap, reference: close(tap[0] / reference, np.ones_like(reference)),
+        taps,
+        summed,
+        is_leaf=is_tap,
+    )
+    assert all(tap[1] == 22 for tap in jax.tree.leaves(taps, is_leaf=is_tap))  # tokens
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(taps))
+
+
+@every_backend
+@pytest.mark.parametrize("window", [0, 3])
+def test_no_token_changes_what_comes_before_it(backend, window):
+    _, params, logits = build(toy(attention=backend, window=window))
+    batch = pack([document(12)])
+    changed = {**batch, "tokens": batch["tokens"].at[0, 7].add(1)}
+    before, after = logits(params, batch)[0], logits(params, changed)[0]
+    close(after[:7], before[:7], 1e-6)
+    affected = np.any(np.abs(after - before) > 1e-4, axis=1)
+    assert affected[7:].all()
+
+
+@every_backend
+@pytest.mark.parametrize("window", [0, 3])
+def test_packed_equals_unpacked(backend, window):
+    _, params, logits = build(toy(attention=backend, window=window))
+    params = shaken(params)
+    packed = logits(params, pack([document(4), document(5, 1), document(3, 2)]))[0]
+    alone = logits(params, pack([document(4)], [document(5, 1)], [document(3, 2)]))
+    close(packed, np.concatenate([alone[0, :4], alone[1, :5], alone[2, :3]]))
+
+
+@every_backend
+def test_padding_changes_nothing(backend):
+    lm, params, logits = build(toy(attention=backend))
+    right = pack([document(8)])
+    left = pack([None] * 4 + [document(8)])
+    other = {**right, "tokens": right["tokens"].at[0, 8:].set(7)}
+    expected = logits(params, pack([document(8)], length=8))[0]
+    close(logits(params, right)[0, :8], expected)
+    close(logits(params, left)[0, 4:], expected)
+    close(logits(params, other)[0, :8], expected)
+    assert np.isfinite(logits(params, left)).all()
+    value_and_grad = jax.jit(jax.value_and_grad(loss_of(lm), has_aux=True))
+    everything = value_and_grad(params, left), value_and_grad(params, pack([]))  # all padding
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(everything))
+
+
+@every_backend
+def test_a_window_of_the_whole_length_is_none(backend):
+    _, params, full = build(toy(attention=backend))
+    _, _, windowed = build(toy(attention=backend, window=12))
+    _, _, alone = build(toy(attention=backend, window=1))
+    batch = two_rows()
+    close(windowed(params, batch), full(params, batch), 1e-6)
+    last = {**batch, "tokens": batch["tokens"].at[1, :11].set(5)}
+    close(alone(params, last)[1, 11], alone(params, batch)[1, 11])
+
+
+@every_backend
+def test_grouped_heads_equal_repeated_ones(backend):
+    _, params, grouped = build(toy(attention=backend))
+    _, _, full = build(toy(attention=backend, kv_heads=4))
+    _, _, default = build(toy(attention=backend, kv_heads=0))
+    repeated = jax.tree_util.tree_map_with_path(_repeat_heads, params)
+    batch = two_rows()
+    close(full(repeated, batch), grouped(params, batch))
+    close(default(repeated, batch), full(repeated, batch), 1e-6)
+
+
+def _repeat_heads(path, leaf):
+    if not {"key", "value"} & {entry.key for entry in path}:
+        return leaf
+    return np.repeat(np.asarray(leaf).reshape(32, 2, 1, 8), 2, axis=2).reshape(32, 32)
+
+
+@every_backend
+def test_only_distances_count(backend):
+    _, params, logits = build(toy(attention=backend))
+    batch = two_rows()
+    shifted = {**batch, "positions": batch["positions"] + 100}
+    close(logits(params, shifted), logits(params, batch), 2e-5)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        turn = lambda x, at: layers.turn(x, layers.rope_turns(jnp.array([[at]]), 8, 100.0))
+        return float(jnp.sum(turn(query, i) * turn(key, j)))
+
+    close(score(9, 4), score(105, 100))
+    close(score(0, 0), float(jnp.sum(query * key)))
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_soft_caps_by_hand():
+    _, params, plain = build(toy())
+    _, _, capped = build(toy(logit_soft_cap=0.5))
+    logits = plain(shaken(params), two_rows())
+    close(capped(shaken(params), two_rows()), 0.5 * np.tanh(logits / 0.5), 1e-6)
+    close(layers.soft_cap(jnp.array([0.0, 2.0, 1e9]), 2.0), [0.0, 2 * np.tanh(1.0), 2.0], 1e-6)
+    _, _, loose = build(toy(attention_soft_cap=1e4))
+    close(loose(params, two_rows()), plain(params, two_rows()))
+
+
+def test_a_tied_head_is_the_table():
+    _, tied_params, tied = build(toy())
+    _, params, untied = build(toy(tied=False))
+    assert "head" not in tied_params
+    assert params["head"]["kernel"].shape == (32, 61)
+    same = {**tied_params, "head": {"kernel": tied_params["embed"]["table"].T}}
+    close(untied(same, two_rows()), tied(tied_params, two_rows()), 1e-6)
