@@ -130,9 +130,9 @@ def _contents(folder):
     found = {}
     for path in folder.glob(f"{PREFIX}*.json"):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
             seal = content.pop("seal")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             raise Damaged(f"{path.name} is not readable") from None
         if content.get("schema", 0) > SCHEMA:
             raise ValueError(

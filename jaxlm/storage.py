@@ -60,7 +60,8 @@ def finish(response, folder, record):
 def _save_error(folder, error):
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
-    why = "the disk is full" if number in _DISK_FULL else str(error).strip().splitlines()[0]
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    why = "the disk is full" if number in _DISK_FULL else first_line
     return SaveError(
         f"checkpoint {folder.name} could not be written to {folder.parent}: {why}. The checkpoints "
         "before it are untouched; "
