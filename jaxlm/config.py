@@ -57,6 +57,22 @@ class GuardSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpectSpec:
+    """What a recipe promises on the machine its docstring names; empty and 0 promise nothing."""
+
+    bits_per_char: str = ""  # at most, by source, e.g. "code=1.30 prose=1.60"
+    minutes: float = 0.0  # of training, at most
+
+    def figures(self) -> dict[str, float]:
+        try:
+            return {k: float(v) for k, v in (part.split("=") for part in self.bits_per_char.split())}
+        except ValueError:
+            raise ValueError(
+                f"bits_per_char={self.bits_per_char!r} should look like 'code=1.30 prose=1.60'"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
 class InitSpec:
     checkpoint: str = ""  # a work folder or checkpoint whose params the run starts from
 
@@ -71,6 +87,7 @@ GROUPS = {
     "log": LogSpec,
     "guard": GuardSpec,
     "init": InitSpec,
+    "expect": ExpectSpec,
 }
 TOP = {
     "name": "run",
@@ -80,10 +97,9 @@ TOP = {
     "batch": 16,  # rows of one optimizer step, over all devices and micro-batches
     "accumulate": 1,  # micro-batches
     "method": "next_token",
-    "expected": "",  # at most these bits per character, e.g. "code=1.30 prose=1.60"
 }
 # What a restarted run may change: nothing that the curve depends on.
-FREE = ("workdir", "expected", "mesh.", "checkpoint.", "eval.", "log.", "data.workers")
+FREE = ("workdir", "expect.", "mesh.", "checkpoint.", "eval.", "log.", "data.workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +112,6 @@ class Run:
     steps: int
     batch: int
     accumulate: int
-    expected: dict[str, float]
     method: Method
     model: DecoderConfig
     optimizer: OptimizerSpec
@@ -107,6 +122,7 @@ class Run:
     log: LogSpec
     guard: GuardSpec
     init: InitSpec
+    expect: ExpectSpec
     config: dict[str, Any]  # the resolved config, cut down to the groups in use
     changed: dict[str, list]  # dotted key -> [default, value]
 
@@ -173,7 +189,6 @@ def check(c: ConfigDict) -> Run:
         **groups,
         **{k: c[k] for k in ("name", "seed", "steps", "batch", "accumulate")},
         workdir=Path(workdir).expanduser(),
-        expected=_expected(c.expected),
         method=method,
         data=_data(c.data),
         config=flat,
@@ -322,13 +337,6 @@ def _method(c: ConfigDict) -> tuple[Method, set[str]]:
         except ValueError as e:
             raise ValueError(f"config.{group}: {e}") from None
     return compose(*parts), used
-
-
-def _expected(text: str) -> dict[str, float]:
-    try:
-        return {k: float(v) for k, v in (part.split("=") for part in text.split())}
-    except ValueError:
-        raise ValueError(f"config.expected={text!r} should look like 'code=1.30'") from None
 
 
 def _changed(flat):

@@ -1,0 +1,26 @@
+"""A Llama-style decoder learns Python code and English prose from this machine's own Python.
+
+python -m jaxlm.train --config=configs/quickstart.py
+Expect: 4 minutes on 2 CPU cores; held-out bits per character at most 1.30 on code and 1.60 on
+prose, below xz primed with the training text on both (LOG.md).
+"""
+
+from jaxlm.config import defaults, source
+
+
+def get_config():
+    c = defaults()
+    c.name = "quickstart"
+    c.steps = 2000
+    c.batch = 16
+    c.data.length = 128
+    c.data.mix.code = source(source="stdlib-code", weight=0.6)
+    c.data.mix.prose = source(source="stdlib-prose", weight=0.4)
+    c.data.tokenizer = "bpe"
+    c.data.vocabulary = 4096
+    c.model.update(width=128, layers=4, heads=2, qk_norm=True)
+    c.optimizer.update(name="muon", learning_rate=0.02, schedule="linear", decay_fraction=0.5)
+    c.checkpoint.every = 500
+    c.eval.every = 500
+    c.expect.update(bits_per_char="code=1.30 prose=1.60", minutes=5.0)
+    return c

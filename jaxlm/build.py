@@ -1,0 +1,125 @@
+"""What a checked `Run` is made of: mesh, model, optimizer, state and the compiled step.
+
+Kept apart from the loop so that studies, evaluation and planning build exactly what training does.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxlm import sharding
+from jaxlm.checkpoint import load_params
+from jaxlm.config import Run
+from jaxlm.contract import LM, TrainState
+from jaxlm.models.transformer import decoder
+from jaxlm.optim.build import build as build_optimizer
+from jaxlm.step import init_state, make_between, make_step
+
+
+class Built(NamedTuple):
+    run: Run
+    mesh: jax.sharding.Mesh
+    lm: LM
+    tx: optax.GradientTransformation
+    schedule: Any  # step -> learning rate
+    abstract: TrainState  # shapes, dtypes and shardings of the whole state
+
+    def step(self):
+        """The jitted training step, and what runs between steps."""
+        step = make_step(
+            self.lm,
+            self.run.method,
+            self.tx,
+            accumulate=self.run.accumulate,
+            spike_sigmas=self.run.guard.spike_sigmas,
+            shardings=jax.tree.map(lambda x: x.sharding, self.abstract),
+        )
+        return step, make_between(self.run.method)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch, onto the mesh."""
+        rows = sharding.batch_sharding(self.mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(batch, rows)
+        return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+    def put_whole(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch that every host holds whole, onto the mesh."""
+        rows = sharding.batch_sharding(self.mesh)
+        make = lambda v: jax.make_array_from_callback(v.shape, rows, lambda i: v[i])
+        return {k: make(v) for k, v in batch.items()}
+
+    def new_params(self):
+        """Fresh params, made on the devices where they will lie."""
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract.params)
+        key = jax.random.key(self.run.seed)
+        return jax.jit(self.lm.init, out_shardings=layout)(key)
+
+    def load(self, path: str):
+        """The params of a finished run or a checkpoint, laid out like ours."""
+        return load_params(Path(path).expanduser(), self.abstract.params)
+
+    def first_state(self) -> TrainState:
+        """The state that a new run starts from."""
+        start = self.run.init.checkpoint
+        params = self.load(start) if start else self.new_params()
+        method = dataclasses.replace(self.run.method, extras={})
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract)._replace(extras={})
+        init = jax.jit(lambda p: init_state(p, method, self.tx), out_shardings=layout)
+        # Outside the jitted init, since an extra may load its params from a file.
+        extras = {k: e.init(params, self.load) for k, e in self.run.method.extras.items()}
+        extras = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), extras, self.abstract.extras)
+        return init(params)._replace(extras=extras)
+
+
+def build(run: Run, vocabulary: int, devices=None) -> Built:
+    """Everything but the arrays. Raises `ValueError` for what cannot be built; call under no jit.
+
+    `vocabulary`: the tokenizer's, used where the recipe leaves the model's at 0.
+    """
+    mesh = sharding.make_mesh(run.mesh, devices)
+    run.check_devices(mesh)
+    model = run.model
+    if not model.vocabulary:
+        model = dataclasses.replace(model, vocabulary=vocabulary)
+    if model.vocabulary < vocabulary:
+        raise ValueError(
+            f"config.model.vocabulary={model.vocabulary} is smaller than the tokenizer's {vocabulary}"
+        )
+    lm = decoder(model, sharding.platform(mesh))
+    tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
+    if run.method.wrap:
+        tx = run.method.wrap(tx)
+    tx = optax.with_extra_args_support(tx)
+    return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx))
+
+
+def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
+    """Shapes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(
+        lambda key: init_state(params := lm.init(key), run.method, tx, lambda path: params),
+        jax.random.key(0),
+    )
+    whole = sharding.replicated(mesh)
+    params = sharding.param_shardings(lm.axes, shapes.params, mesh)
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, layout: layout,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    extras = {
+        name: params
+        if extra.axes is None
+        else sharding.param_shardings(extra.axes, shapes.extras[name], mesh)
+        for name, extra in run.method.extras.items()
+    }
+    rest = jax.tree.map(lambda _: whole, shapes)
+    layout = rest._replace(params=params, opt_state=opt_state, extras=extras)
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+    return jax.tree.map(place, shapes, layout)

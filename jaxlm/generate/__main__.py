@@ -1,0 +1,95 @@
+"""Samples from a trained run.
+
+    python -m jaxlm.generate --workdir=runs/quickstart --prompt="def read(path):"
+        [--tokens=128] [--samples=1] [--temperature=0.8] [--top_k=0] [--seed=0] [--step=N]
+
+Reads the newest good checkpoint (or that of --step) and prints the prompt with its continuation.
+A model trained for minutes has the style of its text, and no meaning.
+"""
+
+from jaxlm import process
+
+process.start(__name__)
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm.build import build
+from jaxlm.checkpoint import load_params
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.generate.sample import make_sampler
+from jaxlm.sharding import MeshSpec, make_mesh
+
+
+def main() -> int:
+    flags = _flags().parse_args()
+    try:
+        _refuse(flags)
+        for text in samples(flags):
+            print(text, flush=True)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+    return 0
+
+
+def samples(flags):
+    """Yields `flags.samples` texts, the prompt in front. Raises `ValueError` for people."""
+    workdir = Path(flags.workdir).expanduser()
+    try:
+        saved = json.loads((workdir / "run.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{workdir} is no work folder of a run: it has no readable run.json") from None
+    run = configs.from_saved(configs.flatten(saved["config"]))
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    device = jax.devices()[:1]
+    with jax.set_mesh(make_mesh(MeshSpec(), device)):
+        run = dataclasses.replace(run, mesh=MeshSpec())
+        built = build(run, tokenizer.vocabulary_size, device)
+        params = load_params(
+            workdir,
+            built.abstract.params,
+            step=flags.step,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+        sample = make_sampler(
+            built.lm, run.data.length, temperature=flags.temperature, top_k=flags.top_k
+        )
+        (ids,) = tokenizer.encode_batch([flags.prompt])
+        for i in range(flags.samples):
+            new = sample(
+                params, [tokenizer.bos, *ids], flags.tokens, flags.seed + i, stop=tokenizer.eos
+            )
+            yield flags.prompt + tokenizer.decode(new)
+
+
+def _flags():
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxlm.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, help="the work folder of a run")
+    parser.add_argument("--prompt", default="", help="text to go on from; empty: a new document")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens, at most")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int, default=None, help="of the checkpoint; the newest")
+    return parser
+
+
+def _refuse(flags):
+    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least {least}")
+
+
+if __name__ == "__main__":
+    process.run(main)

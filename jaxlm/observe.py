@@ -1,0 +1,170 @@
+"""What a run looks at beside training: held-out figures, continuations, compressors, results."""
+
+import json
+import math
+import threading
+import time
+from typing import Any
+
+import jax
+
+from jaxlm.build import Built
+from jaxlm.console import Console
+from jaxlm.data.prepare import Prepared
+from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
+from jaxlm.generate.sample import make_sampler
+from jaxlm.metrics import Clock, Writer
+from jaxlm.process import cache_dir
+
+PROMPT_TOKENS = 24
+PRIMED_LIMIT = 2**26  # characters of training text that xz is still primed with
+
+
+class Observer:
+    """Evaluates and samples at the steps that the recipe names; knows the last figures."""
+
+    def __init__(
+        self, built: Built, prepared: Prepared, console: Console, writer: Writer, clock: Clock
+    ):
+        run = built.run
+        self.built, self.prepared = built, prepared
+        self.console, self.writer, self.clock = console, writer, clock
+        self.figures: dict[str, float] = {}
+        length = run.data.length
+        stride = run.eval.stride or max(length // 2, 1)
+        sources = {
+            source.name: held_out_source(
+                source.held_out, prepared.tokenizer, length, stride, run.eval.characters
+            )
+            for source in prepared.sources
+            if source.held_out
+        }
+        self.held = HeldOut(built.lm, sources, batch=run.eval.batch, put=built.put_whole)
+        self.sampler = make_sampler(built.lm, length)
+        shares = {float(share) for share in run.eval.samples.split()}
+        self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
+        self._compressed: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._compress, daemon=True)
+        self._thread.start()
+
+    @property
+    def context(self) -> str:
+        """How the context of the figures resets, in words."""
+        length = self.built.run.data.length
+        stride = self.built.run.eval.stride or max(length // 2, 1)
+        return (
+            f"Each held-out document is read on its own, in windows of {length} tokens that "
+            f"advance by {stride}: beyond the first window every token is predicted from at least "
+            f"{length - stride} tokens before it. The end of each document is predicted and "
+            "counted too."
+        )
+
+    def compile(self, state) -> None:
+        """Compiles what evaluation and sampling need, so that nothing does later."""
+        self.held.compile(state.params)
+        if self.sample_at:
+            self.sampler(state.params, [self.prepared.tokenizer.bos], 1, 0)
+
+    def due(self, step: int) -> bool:
+        """Whether there is something to look at after this step; the last one is for `results`."""
+        every, steps = self.built.run.eval.every, self.built.run.steps
+        return step < steps and (bool(every and step % every == 0) or step in self.sample_at)
+
+    def look(self, step: int, state) -> None:
+        every = self.built.run.eval.every
+        if every and step % every == 0:
+            self.evaluate(step, state)
+        if step in self.sample_at:
+            self.sample(step, state)
+
+    def evaluate(self, step: int, state):
+        """Scores the params, and each extra that asks for it; returns the bits of the params."""
+        begin = time.monotonic()
+        with self.clock("evaluate"):
+            bits = self.held.bits(state.params, self._tick)
+            figures = self.held.figures(bits)
+            for name, extra in self.built.run.method.extras.items():
+                if extra.evaluate:
+                    more = self.held.figures(self.held.bits(state.extras[name], self._tick))
+                    figures |= {f"{name}/{k}": v for k, v in more.items()}
+        run = self.built.run
+        self.figures = figures
+        self.writer.evaluation(
+            {
+                "step": step,
+                "tokens": step * run.batch * run.data.length,
+                "seconds": time.monotonic() - begin,
+                **figures,
+            }
+        )
+        said = [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in figures.items() if k.startswith("bits")]
+        self.console.say(f"  step {step:,}: held-out bits per character: {', '.join(said)}")
+        return bits
+
+    def sample(self, step: int, state) -> list[dict[str, Any]]:
+        """Continues a held-out prompt of each source; the same prompt and seed every time."""
+        tokenizer, run = self.prepared.tokenizer, self.built.run
+        written = []
+        with self.clock("sample"):
+            for name, source in self.held.sources.items():
+                long = [ids for ids in source.ids if len(ids) > 4 * PROMPT_TOKENS] or source.ids
+                prompt = long[0][: PROMPT_TOKENS + 1]
+                self.console.note(f"writing a continuation of {name}")
+                new = self.sampler(
+                    state.params, prompt, run.eval.sample_tokens, run.seed, stop=tokenizer.eos
+                )
+                record = {
+                    "step": step,
+                    "fraction": self.sample_at.get(step, step / run.steps),
+                    "source": name,
+                    "prompt": tokenizer.decode(prompt[1:]),
+                    "text": tokenizer.decode(new),
+                }
+                self.writer.sample(record)
+                written.append(record)
+        return written
+
+    def results(self, state, began: float) -> dict[str, Any]:
+        """The last evaluation and samples, next to the compressors."""
+        run = self.built.run
+        bits = self.evaluate(run.steps, state)
+        samples = self.sample(run.steps, state)
+        self.console.note("waiting for xz")
+        with self.clock("compressors"):
+            self._thread.join()
+        per_char = {
+            k.removeprefix("bits_per_char/"): v
+            for k, v in self.figures.items()
+            if k.startswith("bits_per_char/")
+        }
+        return {
+            "bits_per_char": per_char,
+            **self._compressed,
+            "context": self.context,
+            "documents": self.held.documents(bits),
+            "passages": self.held.passages(bits, self.prepared.tokenizer),
+            "samples": samples,
+            "steps": run.steps,
+            "tokens": run.steps * run.batch * run.data.length,
+            "seconds": time.time() - began,
+        }
+
+    def _tick(self, done, total):
+        self.console.note(f"scoring held-out text, {done}/{total} rows")
+
+    def _compress(self):
+        """Fills in the compressors' figures, from the cache if they are there."""
+        name = f"{self.prepared.hash[:24]}-{self.built.run.eval.characters}.json"
+        path = cache_dir() / "compressors" / name
+        try:
+            self._compressed = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._compressed = compressor_table(self.held.sources, self._seen)
+            if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(self._compressed))
+
+    def _seen(self, name):
+        """What the model trained on of this source; "" if that is too much to prime xz with."""
+        source = next(s for s in self.prepared.sources if s.name == name)
+        return source.training_text() if source.characters <= PRIMED_LIMIT else ""

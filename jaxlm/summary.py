@@ -1,0 +1,196 @@
+"""What a run tells a person about itself: the machine, the data card, the plan, the outcome."""
+
+import shutil
+import time
+
+import jax
+import numpy as np
+
+from jaxlm.console import Console
+from jaxlm.folder import describe_device
+from jaxlm.models.transformer import parameter_count_by_part
+
+FOOTNOTE = (
+    "xz primed has read the text that the model was trained on; the model saw the same text, and "
+    "its weights are not counted."
+)
+TRIED_STEPS = 3  # that a dry run takes, to time them
+
+
+def machine(mesh, peak: tuple[float, str], dtype: str) -> str:
+    """One line: devices, mesh, peak."""
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "none"
+    return (
+        f"{jax.device_count()} × {describe_device()}, mesh split: {sizes}; {dtype} matrix products at "
+        f"{peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]}); jax {jax.__version__}"
+    )
+
+
+def data_card(console: Console, prepared, run) -> None:
+    """The sources of the mixture: what they hold, what was left out, how often they are read."""
+    header = ("source", "documents", "characters", "tokens", "chars/token", "duplicates", "held out")
+    rows = [
+        (
+            name,
+            f"{card['documents']:,}",
+            f"{card['characters']:,}",
+            f"{card['tokens']:,}",
+            f"{card['chars_per_token']:.2f}",
+            f"{card['duplicates']:,}",
+            f"{card['held_out_documents']:,} ({share(card):.1%})",
+        )
+        for name, card in prepared.card["sources"].items()
+    ]
+    console.table(rows, header)
+    console.say(f"  corpus {prepared.hash[:16]}, {prepared.tokenizer.vocabulary_size:,} token types")
+    for line in epochs(prepared, run):
+        console.say(f"  {line}")
+
+
+def share(card) -> float:
+    """Held-out share of the characters of a source."""
+    return card["held_out_characters"] / max(card["characters"] + card["held_out_characters"], 1)
+
+
+def epochs(prepared, run) -> list[str]:
+    """How often each source is read, in words."""
+    counts = prepared.rows_by_source(run.steps * run.rows)
+    return [
+        f"{source.name}: {counts[source.name] * run.data.length:,} tokens, "
+        f"{counts[source.name] / max(source.rows, 1):.2f} epochs"
+        for source in prepared.sources
+    ]
+
+
+def dry_run(console: Console, built, prepared) -> int:
+    """Prints what the run would be; compiles and times a few steps, and writes nothing."""
+    run = built.run
+    console.say("\nThe resolved config (* = differs from the defaults):")
+    for key, value in sorted(run.config.items()):
+        console.say(f"  {'*' if key in run.changed else ' '} --config.{key}={value}")
+    parts = parameter_count_by_part(built.abstract.params)
+    console.say("\nParameters:")
+    console.table([(k, f"{v:,}") for k, v in (parts | {"total": sum(parts.values())}).items()])
+    tokens = run.steps * run.batch * run.data.length
+    console.say(f"\nTokens: {tokens:,} in {run.steps:,} steps")
+    for line in epochs(prepared, run):
+        console.say(f"  {line}")
+    _estimate(console, built)
+    return 0
+
+
+def _estimate(console, built):
+    run = built.run
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(built.abstract))
+    free = _free_memory()
+    console.say(f"\nMemory of the state: {kept / 2**20:,.0f} MiB")
+    if built.mesh.devices.flat[0].platform == "cpu" and kept > 0.8 * free:
+        console.warn(
+            f"the state alone takes {kept / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free here; "
+            "nothing was compiled or timed"
+        )
+        return
+    with console.phase(3, 6, "estimate", f"compiling, then timing {TRIED_STEPS} steps on zeros"):
+        step, _ = built.step()
+        shape = (run.rows, run.data.length)
+        zeros = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "segments", "positions")}
+        zeros |= {"weights": np.ones(shape, np.float32)}
+        zeros |= {k: np.zeros(shape[:1], np.int32) for k in ("source", "index")}
+        batch, state, key = built.put_whole(zeros), built.first_state(), jax.random.key(0)
+        compiled = step.lower(state, batch, key).compile()
+        memory = compiled.memory_analysis()
+        state, metrics = compiled(state, batch, key)
+        jax.block_until_ready(metrics)
+        begin = time.monotonic()
+        for _ in range(TRIED_STEPS):
+            state, metrics = compiled(state, batch, key)
+        jax.block_until_ready(metrics)
+        seconds = (time.monotonic() - begin) / TRIED_STEPS
+    if memory is not None:
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        console.say(f"  memory of a step, per device: {peak / 2**20:,.0f} MiB")
+    speed = run.batch * run.data.length / seconds
+    console.say(
+        f"  {seconds * 1e3:,.0f} ms a step, {speed:,.0f} tokens/s: the {run.steps:,} steps take about "
+        f"{run.steps * seconds / 60:,.1f} minutes, without evaluation"
+    )
+
+
+def _free_memory() -> float:
+    """Bytes of memory that this machine can still give."""
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":", 1) for line in lines)
+        return float(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return float("inf")
+
+
+def results(console: Console, run, found: dict) -> None:
+    """The table of the model next to the compressors, and the samples."""
+    names = [n for n in ("xz primed", "xz", "bz2", "gzip") if _has(found, n)]
+    rows = [
+        (source, f"{value:.3f}", *(f"{found['compressors'][source].get(n, float('nan')):.3f}" for n in names))
+        for source, value in found["bits_per_char"].items()
+    ]
+    console.say("\nBits per character on held-out text (lower is better):")
+    console.table(rows, ("source", "this model", *names))
+    per_file = [n for n in ("xz", "bz2", "gzip") if _has(found, n)]
+    console.say("The same, each file compressed on its own:")
+    console.table(
+        [
+            (source, *(f"{found['compressors_per_file'][source][n]:.3f}" for n in per_file))
+            for source in found["bits_per_char"]
+        ],
+        ("source", *per_file),
+    )
+    console.say(found["context"])
+    if "xz primed" in names:
+        console.say(FOOTNOTE)
+    for sample in found["samples"]:
+        console.say(f"\nA prompt from held-out {sample['source']}, and how the model goes on:")
+        console.say(_indented(sample["prompt"]))
+        console.say(_indented("⟶ " + sample["text"]))
+    console.say("\n(A model of this size learns the style of its text, and no meaning.)")
+
+
+def _has(found, name):
+    return any(name in row for row in found.get("compressors", {}).values())
+
+
+def _indented(text):
+    return "\n".join("    | " + line for line in text.splitlines() or [""])
+
+
+def verdict(run, found: dict) -> list[str]:
+    """In words: what was reached, beside what the recipe promised."""
+    lines = []
+    for source, most in run.expect.figures().items():
+        value = found["bits_per_char"].get(source)
+        if value is None:
+            continue
+        word = "reached" if value <= most else "NOT reached"
+        lines.append(f"{source}: {value:.3f} bits per character; at most {most:.2f} expected: {word}.")
+        primed = found.get("compressors", {}).get(source, {}).get("xz primed")
+        if primed:
+            side = "below" if value < primed else "NOT below"
+            lines[-1] += f" That is {side} primed xz ({primed:.3f})."
+    return lines
+
+
+def farewell(console: Console, run, found: dict, page) -> None:
+    """The last lines: what was reached, where things are, what to try next."""
+    minutes = found["seconds"] / 60
+    console.say(f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; {minutes:.1f} minutes in all.")
+    for line in found["verdict"]:
+        console.say(line)
+    python = ".venv/bin/python" if shutil.which("jaxlm") is None else "python"
+    console.say(
+        f"\n  the page     {page}\n"
+        f"  checkpoint   {run.workdir / 'checkpoints'}\n"
+        f"  metrics      {run.workdir / 'metrics.jsonl'}, {run.workdir / 'train.log'}\n"
+        "Try next:\n"
+        f'  {python} -m jaxlm.generate --workdir="{run.workdir}" --prompt="def read"\n'
+        f"  {python} -m jaxlm.train --config=configs/quickstart.py --config.workdir=runs/mostly-code "
+        "--config.data.mix.code.weight=0.9"
+    )

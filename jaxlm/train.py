@@ -1,0 +1,255 @@
+"""Trains a language model as a recipe says.
+
+    python -m jaxlm.train --config=configs/quickstart.py [--config.KEY=VALUE ...] [--dry_run]
+
+Every key of the recipe can be set on the command line, e.g. --config.steps=500; --dry_run prints
+them all, with what the run would take. The same command continues a run that was stopped.
+"""
+
+from jaxlm import process
+
+process.start(__name__)  # before JAX is imported: huge pages, quiet libraries
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config as configs
+from jaxlm import folder, report, sharding, summary
+from jaxlm.build import Built, build
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import Run
+from jaxlm.console import Console
+from jaxlm.contract import TrainState
+from jaxlm.data.batches import batches
+from jaxlm.data.prepare import Prepared, prepare
+from jaxlm.flops import count_flops, peak_flops
+from jaxlm.journal import Journal
+from jaxlm.metrics import Clock, Writer
+from jaxlm.observe import Observer
+from jaxlm.signals import Signals
+from jaxlm.step import written_extras
+
+PHASES = 6
+EXIT = {"Ctrl-C": 130, "SIGTERM": 143}
+
+
+def train(run: Run, console: Console, *, command: str = "", dry_run: bool = False) -> int:
+    """One run from start to end; returns the exit code.
+
+    Raises `ValueError` for whatever the user can mend, before anything is compiled.
+    """
+    clock, began = Clock(), time.time()
+
+    # ------------------------------------------------ 1 setup
+    with console.phase(1, PHASES, "setup", "looking at this machine"):
+        mesh = sharding.make_mesh(run.mesh)
+        run.check_devices(mesh)
+        if idle := process.unused_accelerator(jax.devices()):
+            console.warn(idle)
+        with clock("setup"):
+            peak = peak_flops(jax.devices()[0], run.model.dtype)
+        console.say(f"  {summary.machine(mesh, peak, run.model.dtype)}")
+
+    # ------------------------------------------------ 2 data
+    with console.phase(2, PHASES, "data", "preparing the mixture"), clock("data"):
+        prepared = prepare(run.data, process.cache_dir() / "data", progress=_ticker(console))
+        summary.data_card(console, prepared, run)
+
+    with jax.set_mesh(mesh):
+        built = build(run, prepared.tokenizer.vocabulary_size)
+        if dry_run:
+            return summary.dry_run(console, built, prepared)
+        with (
+            Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config) as writer,
+            _checkpoints(run, console) as checkpoints,
+        ):
+            console.on_warning(lambda text: writer.event("warning", text=text))
+            return _train(built, prepared, console, writer, checkpoints, clock, peak, command, began)
+
+
+def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock, peak, command, began):
+    run = built.run
+
+    # ------------------------------------------------ 3 compile
+    with console.phase(3, PHASES, "compile", "building and compiling the training step"):
+        with clock("restore"):
+            state, start = restore_or_start(built, prepared, checkpoints)
+        writer.truncate(start)
+        writer.event("resume" if start else "start", step=start)
+        observer = Observer(built, prepared, console, writer, clock)
+        step_fn, between = built.step()
+        key = jax.random.key(run.seed)
+        feed = batches(prepared, **feed_options(run, min(start, run.steps - 1)))
+        with clock("compile"):
+            batch = built.put(next(feed))
+            traced = step_fn.trace(state, batch, key)
+            flops = count_flops(traced.jaxpr)
+            step_fn = traced.lower().compile()
+            observer.compile(state)
+        folder.write_run(built, prepared, flops, peak, command)
+        if start:
+            console.say(f"  continuing at step {start:,} of {run.steps:,}")
+
+    # ------------------------------------------------ 4 train
+    journal = Journal(
+        console,
+        writer,
+        clock,
+        start=start,
+        steps=run.steps,
+        every=run.log.every,
+        tokens_per_step=run.batch * run.data.length,
+        chars_per_token=prepared.chars_per_token,
+        flops_per_step=flops,
+        peak_flops=peak[0] * jax.device_count(),
+        learning_rates=np.asarray(jax.vmap(built.schedule)(jnp.arange(run.steps))),
+        minutes=run.expect.minutes,
+    )
+    text = f"{run.steps - start:,} steps of {run.batch} × {run.data.length} tokens"
+    with console.phase(4, PHASES, "train", text), Signals(console.say) as signals:
+        for step in range(start, run.steps):
+            state, metrics = step_fn(state, batch, key)
+            state = between(step + 1, state)
+            journal.step(step + 1, metrics)
+            if step + 1 < run.steps:
+                with clock("data_wait"):
+                    batch = built.put(next(feed))
+            if observer.due(step + 1):
+                journal.fetch()
+                resume = journal.pause()
+                observer.look(step + 1, state)
+                resume()
+            if (step + 1) % run.checkpoint.every == 0 or step + 1 == run.steps:
+                journal.fetch()
+                resume = journal.pause()
+                with clock("checkpoint"):
+                    save(built, prepared, checkpoints, state, observer.figures)
+                resume()
+            if journal.in_row >= run.guard.stop_after:
+                raise ValueError(folder.skipped_too_often(run, journal.in_row, checkpoints.latest()))
+            if (signal := signals.stop_requested(step + 1)) and step + 1 < run.steps:
+                journal.fetch()
+                save(built, prepared, checkpoints, state, observer.figures)
+                checkpoints.wait()
+                writer.event("interrupt", step=step + 1)
+                console.say(folder.how_to_continue(run, step + 1, signal, command))
+                return EXIT[signal]
+        with clock("checkpoint"):
+            checkpoints.wait()
+
+    # ------------------------------------------------ 5 evaluate, 6 report
+    with console.phase(5, PHASES, "evaluate", "scoring the held-out text"):
+        results = observer.results(state, began)
+        results["verdict"] = summary.verdict(run, results)
+        summary.results(console, run, results)
+    with console.phase(6, PHASES, "report", "writing the page"):
+        for kind, spent in clock.drain().items():
+            writer.event(kind, spent, run.steps)
+        writer.flush()
+        folder.write_results(run, results)
+        page = report.write(run.workdir)
+    summary.farewell(console, run, results, page)
+    return 0
+
+
+def feed_options(run: Run, step: int) -> dict:
+    """Where in the data a run stands after that many steps, for `batches`: one integer."""
+    return {
+        "rows": run.rows,
+        "position": step * run.rows,
+        "seed": run.seed,
+        "total": run.steps * run.rows,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def save(built: Built, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, figures):
+    """Saves what changes during a run; returns as soon as the arrays may be donated."""
+    step = int(state.step)
+    about = {
+        "position": step * built.run.rows,
+        "data": prepared.hash,
+        "config": built.run.config,
+        "vocabulary": prepared.tokenizer.vocabulary_size,
+    }
+    checkpoints.save(step, _items(built, state), about, figures)
+
+
+def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints):
+    """The state to go on from and its step: of the newest good checkpoint, else a first state.
+
+    Extras that no `between` writes are saved once, at the start, and restored from there: made
+    anew from restored params they would silently move a frozen reference.
+    """
+    latest = checkpoints.latest()
+    frozen = set(built.run.method.extras) - written_extras(built.run.method)
+    if latest is None:
+        state = built.first_state()
+        for name in sorted(frozen):
+            checkpoints.save_once(name, state.extras[name])
+        return state, 0
+    about = checkpoints.about(latest)
+    if about["data"] != prepared.hash:
+        raise ValueError(
+            f"the prepared data is not what {built.run.workdir} was trained on (records "
+            f"{prepared.hash[:12]}, there {about['data'][:12]}); put the old data back, or choose "
+            "another --config.workdir"
+        )
+    items = checkpoints.restore(latest, _items(built, built.abstract))
+    extras = items.get("extras", {}) | {
+        name: checkpoints.restore_once(name, built.abstract.extras[name]) for name in frozen
+    }
+    loop = items["loop"]
+    state = TrainState(loop["step"], items["params"], items["opt_state"], extras, loop["guard"])
+    return state, latest
+
+
+def _items(built, state):
+    """The trees of a checkpoint, of arrays or of shapes alike."""
+    written = {k: state.extras[k] for k in sorted(written_extras(built.run.method))}
+    return {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "loop": {"step": state.step, "guard": state.guard},
+    } | ({"extras": written} if written else {})
+
+
+def _checkpoints(run, console):
+    spec = run.checkpoint
+    return Checkpoints(
+        run.workdir / "checkpoints",
+        keep=spec.keep,
+        keep_best=spec.keep_best,
+        verify=spec.verify,
+        say=console.warn,
+    )
+
+
+def _ticker(console):
+    return lambda done, total, note: console.progress(done, total, note, unit="")
+
+
+def main() -> int:
+    c, flags = configs.parse(sys.argv, __doc__)
+    command = process.command()
+    try:
+        run = configs.check(c)
+        if flags.dry_run:
+            return train(run, Console(), dry_run=True)
+        with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:
+            if finished := folder.finished(run):
+                console.say(finished)
+                return 0
+            console.log_to(run.workdir / "train.log")
+            return train(run, console, command=command)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    process.run(main)

@@ -1,0 +1,110 @@
+"""Imports point down only; and what else a reader may rely on in every file."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = {"contract", "console", "process", "sharding"}  # console, process: standard library and jax
+TOP = {
+    *("config", "build", "step", "checkpoint", "metrics", "flops", "journal", "signals", "folder"),
+    *("observe", "summary", "report", "methods", "models", "optim", "data", "evals", "generate"),
+}
+# room -> the rooms it may import from, itself included
+MAY_IMPORT = {
+    "contract": set(),
+    "terminal": set(),
+    "progress": {"terminal"},
+    "console": {"progress", "terminal"},
+    "process": {"terminal"},
+    "sharding": {"contract"},
+    "digest": {"contract"},
+    "storage": {"contract", "digest"},
+    "checkpoint": {"contract", "digest", "storage"},
+    "signals": {"contract"},
+    "metrics": {"contract"},
+    "flops": {"contract"},
+    "step": {"contract"},
+    "report": {"report"},
+    "models": {"models", "contract", "sharding"},
+    "optim": {"optim", "contract", "sharding"},
+    "data": {"data", "contract", "sharding"},
+    "methods": {"contract", "sharding", "methods.likelihood"},
+    "evals": {"evals", "contract", "sharding", "generate", "data", "methods.likelihood"},
+    "generate": {"generate", "contract", "sharding"},
+    "config": {"contract", "sharding", "methods", "models", "optim", "data"},
+    "build": {"config", "contract", "sharding", "checkpoint", "models", "optim", "step"},
+    "journal": {"console", "metrics"},
+    "folder": {"config", "digest", "models"},
+    "observe": BASE | TOP,
+    "summary": BASE | TOP,
+    "train": BASE | TOP,
+    "generate.__main__": BASE | TOP,
+}
+FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """jaxlm.data.mix -> data, but for the modules that the table names in full."""
+    inner = module.removeprefix("jaxlm.")
+    return inner if inner in MAY_IMPORT else inner.split(".")[0]
+
+
+def imports(path: pathlib.Path):
+    """Our own modules that a file imports, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("jaxlm"))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "jaxlm":
+                yield from (f"jaxlm.{a.name}" for a in node.names if a.name != "__version__")
+            elif (node.module or "").startswith("jaxlm."):
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if module == "jaxlm":
+        assert not list(imports(path))
+        return
+    here = room(module)
+    assert here in MAY_IMPORT, f"{module} has no row in the table"
+    for found in imports(path):
+        name = found.removeprefix("jaxlm.")
+        allowed = MAY_IMPORT[here]
+        ok = name in allowed or room(found) in allowed or module.startswith(found)
+        if here == "methods" and not module.endswith("methods"):
+            ok = name in allowed  # a method never imports another
+        if module == "jaxlm.methods":
+            ok = True  # the register
+        assert ok, f"{module} imports {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_says_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    assert not tree.body or ast.get_docstring(tree), "a file opens with what it is"
+
+
+def test_the_loop_names_no_method():
+    names = {p.stem for p in (ROOT / "jaxlm" / "methods").glob("*.py")} - {"__init__", "likelihood"}
+    for file in ("step", "train", "build", "observe", "journal", "checkpoint"):
+        tree = ast.parse((ROOT / "jaxlm" / f"{file}.py").read_text())
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not used & names, f"{file} names {used & names}"
+
+
+def test_platform_is_asked_of_the_mesh():
+    for path in FILES:
+        assert "default_backend(" not in path.read_text(), f"{path}: ask the mesh's devices"
+
+
+def test_no_pickle_no_remote_code_no_tensorflow():
+    for path in FILES:
+        text = path.read_text()
+        for word in ("import pickle", "trust_remote_code=True", "import tensorflow\n", "import clu"):
+            assert word not in text, f"{path}: {word}"
