@@ -16,8 +16,9 @@ GUARD_WARMUP = 100  # steps it watches before it judges
 
 def init_guard():
     """What the guards remember: updates skipped in all and in a row, and the loss so far."""
-    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return {"skipped": none, "in_row": none, "seen": none, "mean": zero, "variance": zero}
+    kinds = {"skipped": "int32", "in_row": "int32", "seen": "int32"}
+    kinds |= {"mean": "float32", "variance": "float32"}
+    return {name: jnp.zeros((), kind) for name, kind in kinds.items()}  # one buffer each: donated
 
 
 def init_state(params, method: Method, tx, load=None) -> TrainState:
