@@ -44,7 +44,7 @@ def loss_of(lm):
         hidden, taps, _ = lm.hidden(params, batch)
         logprobs = jax.nn.log_softmax(lm.unembed(params, hidden))
         picked = jnp.take_along_axis(logprobs, batch["targets"][..., None], axis=-1)[..., 0]
-        return -jnp.sum(picked * (batch["segments"] > 0)), taps
+        return -jnp.sum(jnp.where(batch["segments"] > 0, picked, 0.0)), taps
 
     return loss
 

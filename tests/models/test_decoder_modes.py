@@ -1,0 +1,187 @@
+"""What may change the program of a decoder and never its numbers: scan, remat, taps, dtypes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_decoder import build, loss_of, shaken, toy, two_rows
+
+from jaxlm.models import layers
+from jaxlm.models.options import REMAT
+from jaxlm.models.transformer import decoder, stack_layers, unstack_layers
+
+MODES = ("off", "on")
+OFFLOADED = {"dots_offloaded"}  # a CPU has no other memory to offload to
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_close(actual, expected, tolerance):
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(close, actual, expected)
+
+
+@functools.cache
+def compiled_gradient(config, read_taps=False):
+    """The compiled gradient of a toy, its taps among the results or dropped."""
+    loss = loss_of(decoder(config, "cpu"))
+
+    def gradient(params, batch):
+        (value, taps), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return (value, grads, taps) if read_taps else (value, grads)
+
+    return jax.jit(gradient).lower(build(config)[1], two_rows()).compile()
+
+
+def test_both_modes_start_from_the_same_numbers():
+    (_, flat, _), (_, stacked, _) = (build(toy(qk_norm=True, scan_layers=m)) for m in MODES)
+    assert_equal(stack_layers(flat), stacked)
+    assert_equal(unstack_layers(stacked), flat)
+    assert stack_layers(stacked) is stacked
+    assert unstack_layers(flat) is flat
+
+
+def test_stacking_keeps_the_order_of_ten_layers():
+    flat = {"blocks": {str(i): {"scale": jnp.full(2, i)} for i in range(11)}}
+    assert_equal(stack_layers(flat)["blocks"]["scale"][:, 0], np.arange(11))
+    assert_equal(unstack_layers(stack_layers(flat)), flat)
+
+
+def test_scanned_equals_unrolled():
+    (value, grads, taps), scanned = (
+        compiled_gradient(toy(scan_layers=mode), True)(
+            shaken(build(toy(scan_layers=mode))[1]), two_rows()
+        )
+        for mode in MODES
+    )
+    assert_close(scanned[0], value, 1e-6)
+    assert_close(unstack_layers(scanned[1]), grads, 1e-5)
+    assert_close(unstack_layers(scanned[2]), taps, 1e-6)
+
+
+@pytest.mark.parametrize("scan", MODES)
+@pytest.mark.parametrize("remat", sorted(REMAT.keys() - OFFLOADED - {"none"}))
+def test_remat_changes_memory_and_no_number(remat, scan):
+    plain = compiled_gradient(toy(scan_layers=scan))
+    other = compiled_gradient(toy(scan_layers=scan, remat=remat))
+    params = shaken(build(toy(scan_layers=scan))[1])
+    assert_close(other(params, two_rows()), plain(params, two_rows()), 1e-5)
+    if remat == "full":
+        assert other.cost_analysis()["flops"] > 1.1 * plain.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("scan", MODES)
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_taps_that_nobody_reads_are_not_computed(scan, remat, monkeypatch):
+    config = toy(scan_layers=scan, remat=remat)
+    unread, read = compiled_gradient(config), compiled_gradient(config, read_taps=True)
+    compiled_gradient.cache_clear()
+    with_taps = layers.Dense.__call__
+    monkeypatch.setattr(layers.Dense, "__call__", lambda *args: (with_taps(*args)[0], {}))
+    without = compiled_gradient(config)
+    compiled_gradient.cache_clear()
+    assert cost(unread) == cost(without)
+    assert cost(read) != cost(without)
+    assert cost(read)["flops"] < 1.1 * cost(without)["flops"]
+
+
+def cost(compiled):
+    """What a compiled program does and holds."""
+    operations = [line for line in compiled.as_text().splitlines() if " = " in line]
+    return {
+        "flops": compiled.cost_analysis()["flops"],
+        "bytes": compiled.cost_analysis()["bytes accessed"],
+        "operations": len(operations),
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def test_taps_have_no_gradient():
+    lm, params, _ = build(toy())
+
+    def loss(params, scale):
+        value, taps = loss_of(lm)(params, two_rows())
+        return value + scale * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(taps))
+
+    gradient = jax.jit(jax.grad(loss))
+    assert_equal(gradient(params, 1.0), gradient(params, 0.0))
+
+
+def test_bfloat16_computes_and_params_stay_float32():
+    lm, params, logits = build(toy(dtype="bfloat16", qk_norm=True, tied=False))
+    _, _, exact = build(toy(qk_norm=True, tied=False))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    hidden, taps, _ = jax.eval_shape(lm.hidden, params, two_rows())
+    assert hidden.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(taps))
+    rough = logits(params, two_rows())
+    assert rough.dtype == jnp.float32
+    spread = np.std(exact(params, two_rows()))
+    np.testing.assert_allclose(rough, exact(params, two_rows()), atol=0.1 * spread)
+    grads = jax.eval_shape(jax.grad(loss_of(lm), has_aux=True), params, two_rows())[0]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_no_dtype_is_promoted_silently(dtype, param_dtype):
+    config = toy(
+        dtype=dtype,
+        param_dtype=param_dtype,
+        qk_norm=True,
+        bias=True,
+        window=3,
+        logit_soft_cap=3.0,
+        attention_soft_cap=3.0,
+        remat="dots",
+    )
+    with jax.numpy_dtype_promotion("strict"):
+        lm = decoder(config, "cpu")
+        params = jax.eval_shape(lm.init, jax.random.key(0))
+        jax.eval_shape(jax.grad(loss_of(lm), has_aux=True), params, two_rows())
+    assert all(leaf.dtype == param_dtype for leaf in jax.tree.leaves(params))
+
+
+def test_initial_kernels_have_the_documented_spread():
+    _, params, _ = build(toy(width=128, layers=2, kv_heads=4, scan_layers="on", tied=False))
+    _, doubled, _ = build(
+        toy(width=128, layers=2, kv_heads=4, scan_layers="on", tied=False, init_scale=2.0)
+    )
+    blocks = params["blocks"]
+    spreads = [
+        (blocks["attention"]["query"], 128**-0.5),
+        (blocks["attention"]["output"], (128 * 4) ** -0.5),
+        (blocks["mlp"]["up"], 128**-0.5),
+        (blocks["mlp"]["down"], (384 * 4) ** -0.5),
+        (params["head"], 0.5 * 128**-0.5),
+    ]
+    for part, spread in spreads:
+        np.testing.assert_allclose(np.std(part["kernel"]), spread, rtol=0.03)
+        assert np.abs(part["kernel"]).max() < 2.4 * spread
+    np.testing.assert_allclose(np.std(params["embed"]["table"]), 0.5 * 128**-0.5, rtol=0.03)
+    assert_close(doubled["embed"]["table"], 2 * params["embed"]["table"], 1e-6)
+    assert np.all(blocks["mlp_norm"]["scale"] == 1)
+    first, second = blocks["mlp"]["up"]["kernel"]
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [2, 8])
+def test_the_first_loss_is_about_log_of_the_vocabulary(tied, layers):
+    config = toy(vocabulary=512, width=128, layers=layers, tied=tied, scan_layers="on")
+    lm, params, _ = build(config)
+    tokens = jax.random.randint(jax.random.key(1), (4, 65), 0, 512)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": jnp.ones((4, 64), jnp.int32),
+        "positions": jnp.tile(jnp.arange(64), (4, 1)),
+    }
+    loss = jax.jit(loss_of(lm))(params, batch)[0] / 256
+    assert abs(loss - np.log(512)) < 0.25

@@ -1,0 +1,88 @@
+"""The decoder on eight fake devices equals the one on a single device, in either axis mode."""
+
+import jax
+import numpy as np
+import pytest
+from toy_decoder import build, document, loss_of, pack, shaken, toy
+
+from jaxlm import sharding
+from jaxlm.models.transformer import parameter_count_by_part
+
+OPTIONS = {"qk_norm": True, "bias": True, "vocabulary": 64}
+
+
+def rows():
+    return pack(*([document(4, i), document(6, i + 9)] for i in range(4)))
+
+
+@pytest.mark.parametrize("scan", ["on", "off"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_axes_name_every_axis_of_every_param(scan, tied):
+    lm, params, _ = build(toy(scan_layers=scan, tied=tied, qk_norm=True, bias=True))
+    is_axes = lambda x: isinstance(x, tuple)
+    assert jax.tree.structure(lm.axes, is_leaf=is_axes) == jax.tree.structure(params)
+    for names, leaf in zip(
+        jax.tree.leaves(lm.axes, is_leaf=is_axes), jax.tree.leaves(params), strict=True
+    ):
+        assert len(names) == leaf.ndim
+        assert set(names) <= sharding.LOGICAL.keys()
+    assert ("layers" in lm.axes["blocks"].get("mlp_norm", {}).get("scale", ())) == (scan == "on")
+
+
+MESHES = {
+    "fsdp and tensor": sharding.MeshSpec(fsdp=4, tensor=2),
+    "data and sequence": sharding.MeshSpec(data=2, fsdp=2, sequence=2),
+}
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("scan", ["on", "off"])
+@pytest.mark.parametrize("spec", MESHES.values(), ids=MESHES)
+def test_eight_devices_equal_one(spec, scan, explicit):
+    lm, params, _ = build(toy(scan_layers=scan, **OPTIONS))
+    params = shaken(params)
+    gradient = lambda params, batch: jax.value_and_grad(loss_of(lm), has_aux=True)(params, batch)
+    expected = jax.jit(gradient)(params, rows())
+    mesh = sharding.make_mesh(spec, explicit=explicit)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, sharding.param_shardings(lm.axes, params, mesh))
+        batch = jax.device_put(rows(), sharding.batch_sharding(mesh))
+        actual = jax.jit(gradient)(sharded, batch)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max()))
+
+    jax.tree.map(close, actual, expected)
+
+
+def test_sharded_init_gives_the_same_numbers():
+    lm, params, _ = build(toy(scan_layers="on", **OPTIONS))
+    mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        shardings = sharding.param_shardings(lm.axes, params, mesh)
+        sharded = jax.jit(lm.init, out_shardings=shardings)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, sharded, params)
+    kernel = sharded["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_kv_heads_and_vocabulary_need_not_divide_by_the_mesh():
+    lm, params, _ = build(toy(kv_heads=1, heads=3, head_width=10, vocabulary=61))
+    mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))
+    expected = jax.jit(loss_of(lm))(params, rows())[0]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, sharding.param_shardings(lm.axes, params, mesh))
+        batch = jax.device_put(rows(), sharding.batch_sharding(mesh))
+        actual = jax.jit(loss_of(lm))(sharded, batch)[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_parameters_are_counted_by_part():
+    _, params, _ = build(toy(tied=False, bias=True, qk_norm=True))
+    assert parameter_count_by_part(params) == {
+        "embedding": 61 * 32,
+        "attention": 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 + 16 + 16 + 32),
+        "mlp": 2 * (3 * 32 * 128 + 128 + 128 + 32),
+        "norms": 2 * (32 + 32 + 8 + 8) + 32,
+        "head": 32 * 61,
+    }
