@@ -17,6 +17,7 @@ from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
 from jaxlm.models.transformer import decoder
 from jaxlm.optim.build import build as build_optimizer
+from jaxlm.optim.state import state_shardings
 from jaxlm.step import init_state, make_between, make_step
 
 
@@ -106,13 +107,7 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     )
     whole = sharding.replicated(mesh)
     params = sharding.param_shardings(lm.axes, shapes.params, mesh)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda _, layout: layout,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: whole,
-    )
+    opt_state = state_shardings(tx, shapes.params, lm.axes, mesh)
     extras = {
         name: params
         if extra.axes is None
