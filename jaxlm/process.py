@@ -1,0 +1,225 @@
+"""What a command does before JAX is imported, and how it ends when something goes wrong.
+
+    from jaxlm import process
+    process.start(__name__)      # the first lines of a command; nothing happens in an import
+    import jax ...
+    if __name__ == "__main__":
+        process.run(main)
+
+An environment variable that the user has set is never changed; JAXLM_HUGE_PAGES=0 and
+JAXLM_VERBOSE=1 switch the two larger liberties off.
+"""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from jaxlm import hardware, hugepages
+from jaxlm.hardware import unused_accelerator
+
+__all__ = ["cache_dir", "command", "crash_folder", "notes", "run", "start", "unused_accelerator"]
+
+HERE = Path(__file__).resolve().parent
+
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only, of XLA and libtpu
+    "TPU_MIN_LOG_LEVEL": "2",
+    "TPU_STDERR_LOG_LEVEL": "2",
+    "GRPC_VERBOSITY": "ERROR",
+    "GLOG_minloglevel": "2",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # "PyTorch was not found": on purpose
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",  # its default, said aloud, spares a warning at each fork
+}
+
+notes: list[str] = []  # what `start` could not do, for the console to warn of
+_crashes: list[Path] = []  # where to write the traceback of a crash
+_loading = threading.Event()  # set when the imports are over
+
+
+def start(name: str) -> None:
+    """Prepares this process, if `name` is "__main__": huge pages, quiet libraries, caches."""
+    if name != "__main__":
+        return
+    _flush()
+    hugepages.use()
+    _say_loading()
+    if os.environ.get("JAXLM_VERBOSE", "0") in ("", "0"):
+        _quiet()
+    os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # tracebacks go to a file: whole ones
+    hardware.avoid_absent_tpu()
+    _keep_compiled_programs()
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls `main` and exits with its code; whatever it raises becomes one line and a code.
+
+    A `ValueError` that our own code raises is the user's to mend, and so is a full or read-only
+    disk. Any other exception is a bug: its traceback goes to `crash-<time>.log`, which is named.
+    """
+    _loading.set()
+    try:
+        code = main() or 0
+    except KeyboardInterrupt:
+        code = _last_words("stopped", 128 + signal.SIGINT)
+    except SystemExit as error:
+        code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
+    except Exception as error:
+        if _is_for_users(error):
+            code = _last_words(f"error: {_sentence(error)}", 1)
+        else:
+            said = str(error).strip().split("\n")[0][:300]
+            where = _write_crash(error)
+            code = _last_words(f"crashed: {type(error).__name__}: {said}\n{where}", 1)
+    _flush()
+    sys.exit(code)
+
+
+def crash_folder(path: Path | str) -> None:
+    """From now on a crash is written there."""
+    _crashes.insert(0, Path(path))
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/jaxlm`, by default `~/.cache/jaxlm`. Not created."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache")) / "jaxlm"
+
+
+def command() -> str:
+    """The command that started this process, as it can be typed again."""
+    return shlex.join(getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv])
+
+
+# Noise.
+
+
+def _quiet():
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # not in the home folder
+    logging.getLogger("jax._src.xla_bridge").addFilter(
+        lambda record: "may be present" not in record.getMessage()  # `unused_accelerator` says it
+    )
+    with contextlib.suppress(ImportError):
+        from absl import logging as absl_logging
+
+        # A filter, since parsing absl's flags sets the level anew.
+        absl_logging.get_absl_logger().addFilter(lambda r: r.levelno >= logging.ERROR)
+
+
+def _say_loading():
+    """Importing the libraries takes a while on a cold disk: says so from the fourth second on."""
+    rank = next((os.environ[n] for n in ("JAX_PROCESS_ID", "SLURM_PROCID") if n in os.environ), "0")
+    if rank != "0" or sys.stdout is None:
+        return
+    began = time.monotonic()
+
+    def talk():
+        while not _loading.wait(4):
+            with contextlib.suppress(OSError, ValueError):
+                print(f"  ... loading JAX, {time.monotonic() - began:.0f} s", flush=True)
+
+    threading.Thread(target=talk, daemon=True, name="loading").start()
+
+
+# Compiled programs.
+
+
+def _keep_compiled_programs():
+    """Turns JAX's compilation cache on, for the smallest programs too.
+
+    One folder for each kind of processor: JAX's key does not hold the instruction set, and a home
+    folder may be shared by several machines.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = cache_dir() / "xla" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        notes.append(f"compiled programs are not kept: {folder}: {error.strerror or error}")
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def _processor():
+    """A short name for the processor and what it can do."""
+    about = [os.uname().machine]
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        about += [line for line in first if line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:12]
+
+
+# The end.
+
+
+def _is_for_users(error):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+    ):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, ValueError) or not frames:
+        return False
+    raised = (frames[-1].line or "raise").startswith("raise")  # not int("x"), or a bad unpacking
+    return raised and HERE in Path(frames[-1].filename).resolve().parents
+
+
+def _sentence(error):
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return error.strerror if isinstance(error, OSError) else str(error)
+
+
+def _write_crash(error):
+    """Writes the traceback where it can be written, and says where that was."""
+    text = f"{command()}\n\n{''.join(traceback.format_exception(error))}"
+    name = f"crash-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
+    for folder in (*_crashes, cache_dir(), Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f"the full traceback is in {folder / name}"
+    return text
+
+
+def _last_words(text, code):
+    _flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        encoding = sys.stderr.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+    return code
+
+
+def _flush():
+    """Flushes stdout; if its reader has gone, keeps Python from complaining about that at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
