@@ -79,7 +79,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:
-        if _is_for_users(error):
+        if isinstance(error, BrokenPipeError) and not _flush():
+            code = 128 + signal.SIGPIPE  # `... | head`: nobody is left to talk to
+        elif _is_for_users(error):
             code = _last_words(f"error: {_sentence(error)}", 1)
         else:
             said = str(error).strip().split("\n")[0][:300]
@@ -215,11 +217,13 @@ def _last_words(text, code):
 
 
 def _flush():
-    """Flushes stdout; if its reader has gone, keeps Python from complaining about that at exit."""
+    """Flushes stdout. If its reader has gone: False, and Python will not complain at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
+        return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, sys.stdout.fileno())
+        return False
