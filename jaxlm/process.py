@@ -16,6 +16,7 @@ import errno
 import hashlib
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -79,7 +80,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not _flush():
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
             code = 128 + signal.SIGPIPE  # `... | head`: nobody is left to talk to
         elif _is_for_users(error):
             code = _last_words(f"error: {_sentence(error)}", 1)
@@ -217,13 +218,20 @@ def _last_words(text, code):
 
 
 def _flush():
-    """Flushes stdout. If its reader has gone: False, and Python will not complain at exit."""
+    """Flushes stdout; if its reader has gone, keeps Python from complaining about that at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-        return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, sys.stdout.fileno())
-        return False
+
+
+def _reader_has_gone():
+    """Whether stdout is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
