@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxlm import digest as digests
 from jaxlm import storage
@@ -92,7 +93,8 @@ class Checkpoints:
         def finish():
             try:
                 storage.finish(response, folder, record)
-                self._metrics[step] = record.metrics
+                if jax.process_count() == 1:  # otherwise good only once all digests are there
+                    self._metrics[step] = record.metrics
                 self._prune()
             except Exception as error:  # raised again by wait()
                 self._error = error
@@ -106,6 +108,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            if jax.process_count() > 1 and self._error is None:
+                multihost_utils.sync_global_devices("the digests of all processes")
         if self._error is not None:
             error, self._error, self._at = self._error, None, None
             raise error
