@@ -98,20 +98,15 @@ class Dense(nnx.Module):
         self.axes = KERNEL_AXES[name]
 
     def __call__(self, x_BLI, mask_BL):
-        # Cast before the shards are gathered: in bfloat16 that halves what travels.
-        kernel_IO = sharding.constrain(self.kernel[...].astype(x_BLI.dtype), *self._gathered())
-        y_BLO = product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", self._out())
+        takes, gives = self.axes
+        out = "width" if gives == "embed" else gives
+        kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
+        y_BLO = product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", out)
         if self.bias is not None:
-            y_BLO += self.bias[...].astype(x_BLI.dtype)[None, None]
+            y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
         size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
         tap = jnp.sum(size_BLO * mask_BL[:, :, None], axis=(0, 1)), jnp.sum(mask_BL)
         return y_BLO, {"kernel": tap}
-
-    def _gathered(self):
-        return tuple(None if axis == "embed" else axis for axis in self.axes)
-
-    def _out(self):
-        return "width" if self.axes[1] == "embed" else self.axes[1]
 
 
 class SelfAttention(nnx.Module):
@@ -142,6 +137,10 @@ class SelfAttention(nnx.Module):
             query_BLHK, key_BLGK = self.query_norm(query_BLHK), self.key_norm(key_BLGK)
         query_BLHK = turn(query_BLHK, context.turns_BLK)
         key_BLGK = turn(key_BLGK, context.turns_BLK)
+        # Any query may see any key: where positions are split over devices, keys are gathered.
+        key_BLGK, value_BLGK = (
+            sharding.constrain(x, "batch", None, "kv_heads", None) for x in (key_BLGK, value_BLGK)
+        )
         mixed_BLHK = attention(
             *(checkpoint_name(x, "attention") for x in (query_BLHK, key_BLGK, value_BLGK)),
             segments_BL=context.segments_BL,
@@ -177,6 +176,15 @@ class FeedForward(nnx.Module):
             inner_BLF = self.nonlinearity(gate_BLF) * inner_BLF
         y_BLD, taps["down"] = self.down(inner_BLF, context.mask_BL)
         return y_BLD, taps
+
+
+def gathered(param: nnx.Param, dtype, *logical):
+    """A param in the compute dtype, whole along the axis that only its storage splits.
+
+    Cast first: in bfloat16 that halves what travels between devices.
+    """
+    axes = (None if axis == "embed" else axis for axis in logical)
+    return sharding.constrain(param[...].astype(dtype), *axes)
 
 
 def product(equation, x, y, *logical, **options):

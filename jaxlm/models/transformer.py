@@ -62,7 +62,7 @@ class Embedding(nnx.Module):
         return x_BLD.astype(self.dtype)
 
     def logits(self, hidden):
-        table_VD = sharding.constrain(self.table[...].astype(hidden.dtype), "vocabulary", None)
+        table_VD = layers.gathered(self.table, hidden.dtype, "vocabulary", "embed")
         return jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
 
 
@@ -75,7 +75,7 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
 
     def logits(self, hidden):
-        kernel_DV = sharding.constrain(self.kernel[...].astype(hidden.dtype), None, "vocabulary")
+        kernel_DV = layers.gathered(self.kernel, hidden.dtype, *layers.KERNEL_AXES["head"])
         return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
 
 

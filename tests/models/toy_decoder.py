@@ -43,8 +43,9 @@ def loss_of(lm):
     def loss(params, batch):
         hidden, taps, _ = lm.hidden(params, batch)
         logprobs = jax.nn.log_softmax(lm.unembed(params, hidden))
-        picked = jnp.take_along_axis(logprobs, batch["targets"][..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(batch["segments"] > 0, picked, 0.0)), taps
+        hit = jax.nn.one_hot(batch["targets"], logprobs.shape[-1], dtype=bool)
+        real = (batch["segments"] > 0)[..., None]
+        return -jnp.sum(jnp.where(hit & real, logprobs, 0.0)), taps
 
     return loss
 
