@@ -1,0 +1,117 @@
+"""Prepared records -> the batches of one host, from any position on.
+
+Grain carries indices only: per source seed, shuffle, repeat; then one selection map for the mixture
+and for the rows of this host, which are contiguous in each global batch. The records of a batch are
+read in one call a source and decoded together, so the cost per row stays small at any length.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from jaxlm.data import mix, pack
+from jaxlm.data.prepare import Prepared, PreparedSource
+from jaxlm.data.records import Reader
+
+ENDLESS = 2**40  # rows; Grain wants a length
+
+
+class HostRows(grain.transforms.DatasetSelectionMap):
+    """This host's i-th row since `position` -> (source, row number in its shuffled epochs).
+
+    Host h of n takes rows h*k to h*k + k of every global batch, k = rows / n, so that the global
+    batch put together from all hosts is the one that a single host would have.
+    """
+
+    def __init__(
+        self,
+        schedule: mix.Schedule,
+        sources: Sequence[PreparedSource],
+        rows: int,
+        position: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._schedule, self._sources, self._limits = schedule, sources, mix.limits(sources)
+        self._rows, self._mine = rows, rows // process_count
+        self._first = position + process_index * self._mine
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, self._mine)
+        source, taken = self._schedule[self._first + batch * self._rows + row]
+        limit = self._limits[source]
+        if limit is not None and taken >= limit:
+            found = self._sources[source]
+            raise ValueError(
+                f"source {found.name!r} is used up: max_epochs={found.max_epochs:g} allows {limit:,} "
+                f"of its rows. Train fewer steps, lower its weight, or raise max_epochs."
+            )
+        return source, taken
+
+
+class Gather:
+    """[(source, row)] -> a batch; reads all records of a source at once."""
+
+    def __init__(self, sources: Sequence[PreparedSource], attend_across_documents: bool):
+        self._readers = [Reader(source.records) for source in sources]
+        self._dtype = np.dtype(sources[0].dtype)
+        self._length = sources[0].length
+        self._attend = attend_across_documents
+
+    def __call__(self, picked: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        records: list[bytes] = [b""] * len(picked)
+        for source in {source for source, _ in picked}:
+            at = [i for i, (s, _) in enumerate(picked) if s == source]
+            found = self._readers[source].read([picked[i][1] for i in at])
+            for i, record in zip(at, found, strict=True):
+                records[i] = record
+        rows = pack.from_bytes(records, self._length, self._dtype)
+        source_B, index_B = np.array(picked, np.int32).T.copy()
+        return pack.to_batch(rows, self._attend) | {"source": source_B, "index": index_B}
+
+
+def _shuffled(number: int, source: PreparedSource, seed: int) -> grain.MapDataset:
+    """(source, row) endlessly; each epoch another permutation, the same whatever else is mixed."""
+    own_seed = (seed + zlib.crc32(source.name.encode())) % 2**32
+    rows = grain.MapDataset.range(source.rows).seed(own_seed).shuffle()
+    return rows.map(lambda row: (number, row)).repeat()
+
+
+def batches(
+    prepared: Prepared,
+    *,
+    rows: int,
+    position: int,
+    seed: int,
+    stages: Sequence[mix.Stage] = (),
+    attend_across_documents: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+    prefetch: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of this host's `rows` / `process_count` rows, from row `position` on.
+
+    `rows` is the global batch. After n batches the position is `position + n * rows`, whatever the
+    number of hosts; nothing else has to be stored. `stages` come from `mix.parse_stages`, empty =
+    the weights of the sources. A thread prepares up to `prefetch` batches ahead; 0 threads = none.
+    """
+    if rows <= 0 or rows % process_count:
+        raise ValueError(f"batch {rows} must be divisible by the {process_count} processes")
+    names = [source.name for source in prepared.sources]
+    weights = {source.name: source.weight for source in prepared.sources}
+    schedule = mix.Schedule(stages or mix.parse_stages("", weights, 0), names)
+    mine = HostRows(schedule, prepared.sources, rows, position, process_index, process_count)
+    shuffled = [_shuffled(i, source, seed) for i, source in enumerate(prepared.sources)]
+    mixed = grain.MapDataset.select_from_datasets(shuffled, mine)
+    gather = Gather(prepared.sources, attend_across_documents)
+    batched = mixed.batch(rows // process_count, batch_fn=gather)
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
+    )
+    return iter(batched.to_iter_dataset(options))

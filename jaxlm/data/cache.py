@@ -1,0 +1,93 @@
+"""Folders that are built once: complete or absent, never half there, and checked when found.
+
+A folder is built under a temporary name and renamed, its manifest lists each file's size and
+sha256, and a file lock makes a second process wait and then find the work done. The lock is the
+operating system's, so it goes when its process does, however that ends.
+"""
+
+import fcntl
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxlm.data.documents import Progress
+
+MANIFEST = "manifest.json"
+CHECKED_BYTES = 2**26  # up to this size the content is checked too, at about 1 GB/s
+
+
+class Found(NamedTuple):
+    """A built folder."""
+
+    folder: pathlib.Path
+    facts: dict  # what `build` returned
+    cached: bool
+    note: str  # a sentence when a damaged folder was replaced
+
+
+def cached(
+    folder: pathlib.Path, what: str, build: Callable[[pathlib.Path], dict], progress: Progress
+) -> Found:
+    """The folder, built by `build(temporary folder) -> facts` unless it is there and whole."""
+    if (facts := check(folder)[0]) is not None:
+        return Found(folder, facts, True, "")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        _wait(lock, what, progress)
+        facts, trouble = check(folder)
+        if facts is not None:
+            return Found(folder, facts, True, "")
+        note = (
+            f"The prepared {what} was damaged ({trouble}) and was built again." if trouble else ""
+        )
+        temporary = folder.parent / f".{folder.name}.building"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        facts = build(temporary)
+        _write_manifest(temporary, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    return Found(folder, facts, False, note)
+
+
+def check(folder: pathlib.Path) -> tuple[dict | None, str]:
+    """(facts, "") of a whole folder, (None, what is wrong) of a damaged, (None, "") of none."""
+    if not folder.is_dir():
+        return None, ""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, (size, digest) in manifest["files"].items():
+            path = folder / name
+            found = path.stat().st_size
+            if found != size:
+                return None, f"{name} has {found} bytes instead of {size}"
+            if size <= CHECKED_BYTES and file_hash(path) != digest:
+                return None, f"{name} has changed"
+        return manifest["facts"], ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: pathlib.Path, facts: dict) -> None:
+    files = {p.name: (p.stat().st_size, file_hash(p)) for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "facts": facts}, indent=1))
+
+
+def _wait(lock, what: str, progress: Progress) -> None:
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            progress(0, 0, f"{what}: another process is preparing it, waiting")
+            time.sleep(0.2)

@@ -1,0 +1,217 @@
+"""One reader a file format: path -> documents, malformed rows counted in the tally.
+
+A reader is `(path, name, key, tally)`: `name` is the file's name in messages and documents, `key`
+holds the text. A damaged file (not a damaged row) is a `ValueError`.
+"""
+
+import gzip
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+from jaxlm.data.documents import Document, Tally, cut
+
+LONG, PART = 2**19, 2**15  # characters
+
+
+def kind(path: pathlib.Path) -> str:
+    """The key into `READERS` that a file's name asks for."""
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")):
+        return "jsonl"
+    if name.endswith((".parquet", ".pq")):
+        return "parquet"
+    if ".array_record" in name or ".arrayrecord" in name:  # shards end in -00000-of-00004
+        return "array_record"
+    return "text"
+
+
+def read_text(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator[Document]:
+    """A file as one document; a file of more than `LONG` characters as parts of `PART`.
+
+    Otherwise a book or a dump in one file would be wholly held out, or not at all.
+    """
+    del key
+    tally.rows += 1
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        tally.bad(str(path), f"no UTF-8 text at byte {error.start}")
+        return
+    if "\0" in text:
+        tally.bad(str(path), "a binary file")
+        return
+    if len(text) <= LONG:
+        yield Document(name, text)
+        return
+    for number, part in enumerate(cut(text, PART), 1):
+        yield Document(f"{name}#{number}", part)
+
+
+def read_jsonl(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator[Document]:
+    """One JSON object a line; lines of white space are skipped."""
+    opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    number = 0
+    with opened as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from _from_json(line, f"{path}:{number}", f"{name}:{number}", key, tally)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path} is damaged after line {number} ({error}); fetch or write it again."
+            ) from None
+
+
+def _from_json(line, where, name, key, tally) -> Iterator[Document]:
+    tally.rows += 1
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        tally.bad(where, f"no JSON: {error}")
+        return
+    if not isinstance(row, dict):
+        tally.bad(where, "not a JSON object")
+        return
+    yield from _checked(row.get(key), where, name, key, tally)
+
+
+def _checked(text, where, name, key, tally) -> Iterator[Document]:
+    """The document when `text` is a str that UTF-8 can hold."""
+    if not isinstance(text, str):
+        tally.bad(where, f"no text in {key!r}" if text is None else f"{key!r} is not a string")
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        tally.bad(where, "half a surrogate pair, which UTF-8 cannot hold")
+        return
+    yield Document(name, text)
+
+
+def read_parquet(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator[Document]:
+    """The column `key`, one document a row, a thousand rows in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        opened = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is no readable Parquet file: {error}") from None
+    with opened as table:
+        columns = table.schema_arrow.names
+        if key not in columns:
+            raise ValueError(f"{path} has no column {key!r}; set text to one of {columns}.")
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[key]):
+            for value in batch.column(0):
+                number += 1
+                tally.rows += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    tally.bad(f"{path}:{number}", "no UTF-8 text")
+                    continue
+                yield from _checked(text, f"{path}:{number}", f"{name}:{number}", key, tally)
+
+
+def read_array_record(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator[Document]:
+    """One document a record: a JSON object that has `key`, or else plain UTF-8 text."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no readable ArrayRecord file: {error}") from None
+    for first in range(0, count, 1024):
+        rows = range(first, min(first + 1024, count))
+        for number, record in zip(rows, reader.read(list(rows)), strict=True):
+            tally.rows += 1
+            where = f"{path}:{number + 1}"
+            try:
+                text = record.decode()
+            except UnicodeDecodeError:
+                tally.bad(where, "no UTF-8 text")
+                continue
+            yield Document(f"{name}:{number + 1}", _unwrapped(text, key))
+    reader.close()
+
+
+def _unwrapped(text: str, key: str) -> str:
+    if text.startswith("{"):
+        try:
+            value = json.loads(text).get(key)
+        except ValueError:
+            return text
+        return value if isinstance(value, str) else text
+    return text
+
+
+def is_tfds_folder(source: str) -> bool:
+    """Whether the path is a folder that TFDS wrote."""
+    return (pathlib.Path(source).expanduser() / "dataset_info.json").is_file()
+
+
+def _builder(source: str, name: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        if is_tfds_folder(source):
+            return tfds.builder_from_directory(pathlib.Path(source).expanduser())
+        builder = tfds.builder(source.removeprefix("tfds:"))
+    except Exception as error:  # TFDS raises many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"source {name!r}: TFDS cannot load {source!r}: {reason}") from None
+    if not builder.is_prepared():
+        raise ValueError(
+            f"source {name!r}: the TFDS data set {builder.info.full_name!r} is not in "
+            f"{builder.data_dir}. Prepare it once with `tfds build {builder.info.full_name} "
+            f"--file_format=array_record`, or set TFDS_DATA_DIR to where it is."
+        )
+    return builder
+
+
+def tfds_files(source: str, name: str) -> list[pathlib.Path]:
+    """The files of a TFDS data set, sorted."""
+    folder = pathlib.Path(_builder(source, name).data_dir)
+    return sorted(p for p in folder.iterdir() if p.is_file())
+
+
+def tfds_rows(source: str, name: str, split: str, key: str, tally: Tally) -> Iterator[Document]:
+    """The documents of one split, read without TensorFlow."""
+    builder = _builder(source, name)
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"source {name!r}: {source} has no split {split!r}; there are {list(builder.info.splits)}"
+        )
+    try:
+        rows = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"source {name!r}: {source} cannot be read by row ({error}); prepare it again with "
+            f"--file_format=array_record."
+        ) from None
+    for number in range(len(rows)):
+        tally.rows += 1
+        row, where = rows[number], f"{source}/{split}:{number + 1}"
+        if key not in row:
+            raise ValueError(
+                f"source {name!r}: {source} has no {key!r}; set text to one of {list(row)}"
+            )
+        text = row[key]
+        try:
+            text = text.decode() if isinstance(text, bytes) else text
+        except UnicodeDecodeError:
+            tally.bad(where, "no UTF-8 text")
+            continue
+        yield from _checked(text, where, f"{split}:{number + 1}", key, tally)
+
+
+READERS = {
+    "text": read_text,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "array_record": read_array_record,
+}

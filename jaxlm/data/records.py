@@ -1,0 +1,71 @@
+"""Rows on disk: ArrayRecord files that are read row by row in any order.
+
+group_size:1, since Grain asks for single rows and a group is decompressed whole.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlm.data import pack
+
+ROWS_PER_FILE = 2**20
+
+
+class Writer:
+    """Writes rows to numbered files in a folder; `hash` is of their content and order."""
+
+    def __init__(self, folder: pathlib.Path, dtype: np.dtype):
+        self._folder, self._dtype = folder, dtype
+        self._file = None
+        self._digest = hashlib.sha256()
+        self.rows, self.names = 0, []
+
+    def write(self, rows: pack.Rows) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        for record in pack.to_bytes(rows, self._dtype):
+            if self.rows % ROWS_PER_FILE == 0:
+                self.close()
+                self.names.append(f"{len(self.names):05}.array_record")
+                path = str(self._folder / self.names[-1])
+                self._file = ArrayRecordWriter(path, "group_size:1,uncompressed")
+            self._file.write(record)
+            self._digest.update(record)
+            self.rows += 1
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        self._file = None
+
+    @property
+    def hash(self) -> str:
+        return self._digest.hexdigest()
+
+
+class Reader:
+    """Random access to the rows of some files."""
+
+    def __init__(self, files: Sequence[pathlib.Path]):
+        self._files = [str(path) for path in files]
+        self._readers = [None] * len(files)
+
+    def read(self, rows: Sequence[int]) -> list[bytes]:
+        """The records of the rows, in that order; one call a file."""
+        found: list[bytes] = [b""] * len(rows)
+        for file in {row // ROWS_PER_FILE for row in rows}:
+            at = [i for i, row in enumerate(rows) if row // ROWS_PER_FILE == file]
+            records = self._reader(file).read([rows[i] % ROWS_PER_FILE for i in at])
+            for i, record in zip(at, records, strict=True):
+                found[i] = record
+        return found
+
+    def _reader(self, file: int):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        if self._readers[file] is None:
+            self._readers[file] = ArrayRecordReader(self._files[file])
+        return self._readers[file]

@@ -1,0 +1,150 @@
+"""Where text comes from: one frozen spec a source, told apart by the path alone.
+
+stdlib-code, stdlib-prose     the built-in corpora, no network (`corpora`)
+tfds:NAME                     a TFDS data set prepared on this machine, "name/config:version"
+a folder                      TFDS when it holds dataset_info.json, else all files that match
+                              `glob` ("**/*" without one), each read by its suffix
+a file, or a path with * ?    .jsonl .jsonl.gz .ndjson / .parquet / .array_record; any other
+                              suffix is one UTF-8 text
+"""
+
+import dataclasses
+import glob as globbing
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from jaxlm.data import corpora, filters, readers
+from jaxlm.data.documents import Document, Progress, Tally
+
+BUILT_IN = ("stdlib-code", "stdlib-prose")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """One source of a mixture. `weight` is relative to the other sources."""
+
+    name: str
+    source: str  # see the module docstring
+    weight: float = 1.0
+    max_tokens: int = 0  # training tokens to use, the first ones; 0 = all
+    max_epochs: float = 0.0  # times each row may be trained on; 0 = no limit
+    filter: str = ""  # "min_characters=200, match='^import'", see `filters`
+    text: str = "text"  # the key or column that holds the text
+    glob: str = ""  # files of a folder: "**/*.py"
+    split: str = "train"  # of a TFDS data set
+
+    def __post_init__(self):
+        if not self.name or set(self.name) & set(" :;/=,"):
+            raise ValueError(f"a source needs a name without spaces or : ; / = , not {self.name!r}")
+        if not self.source:
+            raise ValueError(
+                f"source {self.name!r} has no path; give a file, a folder or {BUILT_IN}"
+            )
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"source {self.name!r}: weight {self.weight} must be 0 or more")
+        if self.max_tokens < 0 or self.max_epochs < 0:
+            raise ValueError(f"source {self.name!r}: max_tokens and max_epochs must be 0 or more")
+        filters.parse_filter(self.filter)
+
+
+def parse_added(text: str) -> tuple[SourceSpec, ...]:
+    """ "name:path:weight; name:path:weight" as specs; the path may contain colons."""
+    specs = []
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, rest = item.partition(":")
+        path, _, weight = rest.rpartition(":")
+        try:
+            specs.append(SourceSpec(name.strip(), path.strip(), float(weight)))
+        except ValueError as error:
+            raise ValueError(
+                f"{item!r} is no source to add: write name:path:weight, such as "
+                f"notes:/data/notes.jsonl:0.5, with ; between several ({error})"
+            ) from None
+    return tuple(specs)
+
+
+def files(spec: SourceSpec) -> list[pathlib.Path]:
+    """The files of a source that is neither built in nor TFDS, sorted."""
+    path = pathlib.Path(spec.source).expanduser()
+    if path.is_dir():
+        pattern = spec.glob or "**/*"
+        found = [p for p in path.glob(pattern) if p.is_file() and not _hidden(p.relative_to(path))]
+        where = f"no file in {path} matches {pattern!r}; set glob, such as '**/*.txt'"
+    elif path.is_file():
+        return [path]
+    else:
+        found = [pathlib.Path(p) for p in globbing.glob(str(path), recursive=True)]
+        found = [p for p in found if p.is_file()]
+        where = (
+            f"{path} does not exist (seen from {pathlib.Path.cwd()}); check the path, or name a "
+            f"built-in corpus ({', '.join(BUILT_IN)}) or a TFDS data set (tfds:NAME)"
+        )
+    if not found:
+        raise ValueError(f"source {spec.name!r}: {where}.")
+    return sorted(found)
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def is_tfds(spec: SourceSpec) -> bool:
+    """Whether the source is read through `tfds.data_source`."""
+    return spec.source.startswith("tfds:") or readers.is_tfds_folder(spec.source)
+
+
+def fingerprint(spec: SourceSpec) -> str:
+    """Changes when the source may have changed; from names, sizes and times, so it is quick."""
+    if spec.source in BUILT_IN:
+        facts = corpora.fingerprint()
+    elif is_tfds(spec):
+        facts = readers.tfds_files(spec.source, spec.name)
+    else:
+        facts = files(spec)
+    digest = hashlib.sha256()
+    for fact in facts:
+        if isinstance(fact, pathlib.Path):
+            stat = fact.stat()
+            fact = (os.fspath(fact.absolute()), stat.st_size, stat.st_mtime_ns)
+        digest.update(repr(fact).encode())
+    return digest.hexdigest()
+
+
+def size(spec: SourceSpec, held_out: float) -> int:
+    """Roughly how many characters `read` will yield; 0 = unknown."""
+    if spec.source in BUILT_IN:
+        return sum(len(d.text) for d in corpora.load(held_out)[spec.source])
+    if is_tfds(spec):
+        return 0
+    paths = files(spec)
+    packed = any(readers.kind(p) in ("parquet", "array_record") or p.suffix == ".gz" for p in paths)
+    return 0 if packed else sum(p.stat().st_size for p in paths)
+
+
+def read(
+    spec: SourceSpec, tally: Tally, held_out: float, progress: Progress | None = None
+) -> Iterator[Document]:
+    """The documents of a source, filtered. The caller checks `tally` at the end."""
+    keep = filters.parse_filter(spec.filter)
+    if spec.source in BUILT_IN:
+        found = corpora.rows(spec.source, held_out, tally, progress)
+    elif is_tfds(spec):
+        found = readers.tfds_rows(spec.source, spec.name, spec.split, spec.text, tally)
+    else:
+        found = _from_files(spec, tally)
+    for document in found:
+        if not document.text.strip():
+            tally.empty += 1
+        elif not keep(document):
+            tally.filtered += 1
+        else:
+            yield document
+
+
+def _from_files(spec: SourceSpec, tally: Tally) -> Iterator[Document]:
+    root = pathlib.Path(spec.source).expanduser()
+    for path in files(spec):
+        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        yield from readers.READERS[readers.kind(path)](path, name, spec.text, tally)
