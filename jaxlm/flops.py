@@ -1,0 +1,127 @@
+"""FLOPs of a program, counted from its jaxpr; and the matmul peak to hold them against.
+
+Counted are matrix products and convolutions, 2 for each multiply-add. XLA's own `cost_analysis`
+counts the body of a scan once and a kernel not at all, so it cannot be used for a model that is
+scanned over its layers. What remat computes again is counted again: the share of the peak is that
+of the hardware's work (HFU); without remat it is the model's (MFU).
+"""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of one device, as published. TPU: cloud.google.com/tpu/docs, the page of each
+# version. NVIDIA: the data sheets, SXM, without sparsity. Matched in this order against the start
+# of `device_kind`, in lower case.
+PUBLISHED = {
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5p": 459e12,
+    "tpu v5": 459e12,  # what a v5p calls itself
+    "tpu v4": 275e12,  # of a chip; its two cores are one device
+    "nvidia a100": 312e12,
+    "nvidia h100 pcie": 756e12,
+    "nvidia h100 nvl": 835e12,
+    "nvidia h100": 989e12,
+    "nvidia h200": 989e12,
+    "nvidia b200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> tuple[float, str]:
+    """FLOP/s that one device can reach in matrix products, and "measured" or "published".
+
+    The published figures are for bfloat16; JAX's default precision computes float32 products in
+    bfloat16 on a TPU, but not on a GPU, so there float32 is measured. The CPU devices of a process
+    share its cores, and so the peak.
+    """
+    kind = device.device_kind.lower()
+    known = next((peak for name, peak in PUBLISHED.items() if kind.startswith(name)), None)
+    half = jnp.dtype(dtype).itemsize == 2
+    if known and (half or device.platform == "tpu"):
+        return known, "published"
+    sharing = jax.local_device_count("cpu") if device.platform == "cpu" else 1
+    return matmul_peak(dtype, device) / sharing, "measured"
+
+
+@functools.cache
+def matmul_peak(dtype: str = "float32", device: jax.Device | None = None) -> float:
+    """FLOP/s of the fastest of some square matrix products on this device, in about 0.5 s."""
+    device = device or jax.devices()[0]
+    best, began = 0.0, time.perf_counter()
+    for size in (1024, 2048, 4096, 8192):
+        with jax.default_device(device):
+            x = jnp.full((size, size), 1 / 3, dtype)
+        product = jax.jit(jnp.matmul).lower(x, x).compile()
+        jax.block_until_ready(product(x, x))
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(product(x, x))
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 / seconds)
+        if time.perf_counter() - began + 5 * 8 * seconds > 0.8:  # the next size takes 8 times that
+            break
+    return best
+
+
+def count_flops(jaxpr, unknown: list[str] | None = None) -> int:
+    """FLOPs of matrix products and convolutions in a jaxpr, scan bodies times their length.
+
+    Of a `cond` the dearest branch counts. The trips of a `while_loop` are unknown: its body counts
+    once, and its name is added to `unknown`. In a `shard_map` the body counts once per shard.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    return sum(_of_equation(equation, unknown) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation, unknown):
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _of_dot(equation)
+    if name == "conv_general_dilated":
+        return _of_convolution(equation)
+    if name == "cond":
+        return max(count_flops(branch, unknown) for branch in params["branches"])
+    inside = sum(count_flops(inner, unknown) for inner in _programs(params))
+    if name == "while" and inside and unknown is not None:
+        unknown.append(name)
+    if name == "scan":
+        return params["length"] * inside
+    if name == "shard_map":
+        # The body is written for one shard of these axes; over the others it is still whole.
+        return math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"]) * inside
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * inside
+    return inside
+
+
+def _of_dot(equation):
+    (contract, _), (batch, _) = equation.params["dimension_numbers"]
+    left, right = (v.aval.shape for v in equation.invars)
+    shared = math.prod(left[i] for i in (*contract, *batch))
+    return 2 * math.prod(left) * math.prod(right) // max(shared, 1)
+
+
+def _of_convolution(equation):
+    # Each output number sums over the kernel's window and the input features of its group.
+    kernel = equation.invars[1].aval.shape
+    out_feature = equation.params["dimension_numbers"].rhs_spec[0]
+    window = math.prod(kernel) // max(kernel[out_feature], 1)
+    return 2 * math.prod(equation.outvars[0].aval.shape) * window
+
+
+def _programs(params):
+    """The jaxprs among the parameters of an equation: of jit, remat, scan, custom_vjp and others.
+
+    Only the forward program of a custom derivative is among them; when it has been differentiated,
+    the jaxpr holds both directions as plain equations.
+    """
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                yield item
