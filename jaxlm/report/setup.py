@@ -1,0 +1,153 @@
+"""What was run: command, versions, the config and what it changes, parameters, data."""
+
+import json
+from typing import Any
+
+from jaxlm.report import result
+from jaxlm.report.markup import (
+    NONE,
+    Html,
+    count,
+    el,
+    finite,
+    join,
+    moment,
+    number,
+    percent,
+    short,
+)
+from jaxlm.report.read import Folder, flatten, items, mapping
+from jaxlm.report.tables import digest, facts, key, meter, table
+
+LONGEST = 400  # characters shown of one value
+ROWS = 400  # of the config's difference
+SOURCES = 100
+
+
+def plain(value: Any) -> str:
+    """A config value as it would be typed."""
+    if isinstance(value, str):
+        text = value if value else '""'
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    else:
+        text = repr(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+
+
+def what_was_run(folder: Folder) -> Html:
+    """The exact command, where it ran, what it changes and what it builds."""
+    whole = _whole_config(folder)
+    parts = [_difference(folder), _parameters(folder), _expected(folder)]
+    pair = el("div", parts, class_="pair") if any(parts) else None
+    return join([_command(folder), _machine(folder), pair, whole])
+
+
+def _command(folder: Folder) -> Html | None:
+    command = folder.run.get("command")
+    if isinstance(command, list):
+        command = " ".join(map(str, command))
+    if not command:
+        return None
+    button = el("button", "Copy", type="button", class_="copy script-only")
+    return el("div", el("pre", el("code", command), tabindex="0"), button, class_="command")
+
+
+def _machine(folder: Folder) -> Html:
+    run = folder.run
+    mesh = " × ".join(f"{name} {plain(size)}" for name, size in mapping(run.get("mesh")).items())
+    peak = short(run.get("peak_flops"))
+    return facts(
+        [
+            ("started", moment(run.get("started"))),
+            ("commit", digest(run.get("commit"))),
+            ("device", run.get("device")),
+            ("devices", count(run.get("devices"))),
+            ("mesh", mesh),
+            ("model FLOPs per token", short(run.get("flops_per_token"))),
+            ("matmul peak", f"{peak[:-1]} {peak[-1]}FLOP/s" if peak != NONE else ""),
+            ("Python", run.get("python")),
+            *sorted((str(name), v) for name, v in mapping(run.get("versions")).items()),
+        ]
+    )
+
+
+def _difference(folder: Folder) -> Html | None:
+    rows = [
+        [el("code", name), plain(pair[0]), el("strong", plain(pair[1]))]
+        for name, pair in sorted(mapping(folder.run.get("config_diff")).items())
+        if isinstance(pair, list | tuple) and len(pair) == 2
+    ][:ROWS]
+    if not rows and not mapping(folder.run.get("config")):
+        return None
+    title = el("h3", "What the config changes")
+    if not rows:
+        return el("section", title, el("p", "Every setting has its default.", class_="note"))
+    caption = "Settings that differ from the defaults"
+    drawn = table(["setting", "default", "this run"], rows, caption=caption, words=(1, 2))
+    return el("section", title, drawn)
+
+
+def _whole_config(folder: Folder) -> Html | None:
+    full = flatten(mapping(folder.run.get("config")))
+    if not full:
+        return None
+    lines = [f"{name} = {plain(value)}" for name, value in sorted(full.items())]
+    opener = el("summary", f"The whole config ({len(lines)} settings)")
+    listing = el("pre", "\n".join(lines[: 4 * ROWS]), class_="listing", tabindex="0")
+    return el("details", opener, listing)
+
+
+def _parameters(folder: Folder) -> Html | None:
+    parts = flatten(mapping(folder.run.get("parameters_by_part")), mark="/")
+    sizes = {name: size for name, v in parts.items() if (size := finite(v))}
+    if not sizes:
+        return None
+    total = finite(folder.run.get("parameters")) or sum(sizes.values())
+    order = sorted(sizes.items(), key=lambda pair: -pair[1])[:40]
+    rows = [[name, count(n), meter(n / total, percent(n / total, 1))] for name, n in order]
+    rows.append([el("strong", "all"), count(total), ""])
+    drawn = table(["part", "parameters", "share"], rows, caption="Parameters by part")
+    return el("section", el("h3", "Parameters"), drawn)
+
+
+def _expected(folder: Folder) -> Html | None:
+    found = flatten(mapping(folder.run.get("expected")), mark=" ")
+    shown = facts((name.replace("_", " "), _range(value)) for name, value in found.items())
+    return el("section", el("h3", "What the recipe expects"), shown) if shown else None
+
+
+def _range(value: Any) -> str:
+    both = items(value)
+    if len(both) == 2 and all(finite(v) is not None for v in both):
+        return f"{number(both[0])} to {number(both[1])}"
+    return number(value) if finite(value) is not None else plain(value)
+
+
+def data_card(folder: Folder) -> Html:
+    """The sources as rows, whatever the card says of them as columns; then the tokenizer."""
+    card = mapping(folder.run.get("data_card"))
+    found = {name: mapping(known) for name, known in mapping(card.get("sources")).items()}
+    columns = list(dict.fromkeys(column for known in found.values() for column in known))
+    rows = [
+        [key(result.color(folder, name), name), *(_fact(c, known.get(c)) for c in columns)]
+        for name, known in list(found.items())[:SOURCES]
+    ]
+    titles = [column.replace("_", " ") for column in columns]
+    sources = table(["source", *titles], rows, caption="Sources", wide=True) if rows else None
+    more = flatten(mapping(card.get("tokenizer")), "tokenizer", " ")
+    more |= {name: v for name, v in card.items() if name not in ("sources", "tokenizer")}
+    known = [
+        (name.replace("_", " "), _fact(name, v)) for name, v in more.items() if v not in ({}, [])
+    ]
+    return join([sources, facts(known)])
+
+
+def _fact(name: str, value: Any) -> Any:
+    if value is None:
+        return NONE
+    if isinstance(value, bool | dict | list):
+        return plain(value)
+    if finite(value) is not None:
+        return count(value) if float(value).is_integer() else number(value)
+    return digest(value) if name.endswith("hash") else plain(value)
