@@ -196,7 +196,9 @@ class Checkpoints:
         good = [s for s in there if s in self._metrics or not self._problem(s)]
         newest = good[-self.keep :]
         scores = {s: self._metrics[s].get(self.keep_best, math.nan) for s in good}
-        best = min((s for s in good if math.isfinite(scores[s])), key=scores.get, default=None)
+        best = min(
+            (s for s in good if math.isfinite(scores[s])), key=scores.__getitem__, default=None
+        )
         old = [s for s in there if s < newest[0] and s != best]
         aside = [s for s in _numbered(self.directory, ".aside") if s < newest[0]]
         for name in [str(s) for s in old] + [f"{s}.aside" for s in aside]:

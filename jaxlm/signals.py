@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,7 +29,7 @@ class Signals:
     def __init__(self, say: Callable[[str], None] = print):
         self._say = say
         self._requested = ""
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._together = jax.process_count() > 1
 
     def __enter__(self):

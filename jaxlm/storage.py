@@ -8,8 +8,11 @@ disk: it comes from the tree restored into, and nothing is pickled.
 import errno
 import json
 import logging
+import pathlib
 import re
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,9 @@ from jaxlm.digest import Damaged, Digest
 # Orbax logs whole tracebacks, several times, of errors that are raised here in one sentence.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
 
+Trees = Mapping[str, Any]
+"""Item of a checkpoint -> its tree of arrays."""
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -28,7 +34,9 @@ class SaveError(ValueError):
     """A checkpoint could not be written. Those before it are untouched."""
 
 
-def record(step, items, about, metrics):
+def record(
+    step: int, items: Trees, about: Mapping[str, Any], metrics: Mapping[str, float]
+) -> Digest:
     """The digest of what is about to be saved."""
     trees = {item: digests.layout(tree) for item, tree in items.items()}
     # Through JSON now: what cannot be written is an error here, and later changes do not count.
@@ -36,7 +44,7 @@ def record(step, items, about, metrics):
     return Digest(step, trees, about, {name: float(value) for name, value in metrics.items()})
 
 
-def start(folder, items):
+def start(folder: pathlib.Path, items: Trees) -> ocp.AsyncResponse:
     """Starts writing all trees, but for those without arrays, which Orbax refuses."""
     arrays = {item: found for item, tree in items.items() if (found := digests.named(tree))}
     context = ocp.Context()
@@ -45,12 +53,12 @@ def start(folder, items):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with context:
-            return ocp.save_checkpointables_async(folder, arrays)
+            return ocp.save_checkpointables_async(str(folder), arrays)
     except (OSError, ValueError) as error:
         raise _save_error(folder, error) from error
 
 
-def finish(response, folder, record):
+def finish(response: ocp.AsyncResponse, folder: pathlib.Path, record: Digest) -> None:
     """Waits for Orbax to commit, then writes the digest; leaves nothing behind if that fails."""
     try:
         response.result()
@@ -74,7 +82,7 @@ def _save_error(folder, error):
     )
 
 
-def read(folder):
+def read(folder: pathlib.Path) -> Digest:
     """The digest of a checkpoint. Raises `Damaged`, with the folder in the text."""
     try:
         return digests.read(folder)
@@ -82,7 +90,7 @@ def read(folder):
         raise Damaged(f"{folder} cannot be used: {error}") from None
 
 
-def load(folder, abstract, verify, part=False):
+def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False) -> dict[str, Any]:
     """Compares with the run first, then the files with their hashes, then reads."""
     saved = read(folder)
     _refuse_another_model(folder, saved, abstract, part)
@@ -98,7 +106,7 @@ def load(folder, abstract, verify, part=False):
     context = ocp.Context()
     context.pytree.loading.partial_load = part
     with context:
-        arrays = _own(ocp.load_checkpointables(folder, wanted)) if wanted else {}
+        arrays = _own(ocp.load_checkpointables(str(folder), wanted)) if wanted else {}
     return {
         item: jax.tree.unflatten(
             jax.tree.structure(tree), [arrays[item][name] for name in digests.named(tree)]
@@ -144,7 +152,7 @@ def _own(arrays):
     return copy(arrays)
 
 
-def remove_leftovers(directory):
+def remove_leftovers(directory: pathlib.Path) -> None:
     """Removes what saves and deletions that were killed have left behind."""
     if jax.process_index() == 0:
         for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):

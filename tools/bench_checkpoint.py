@@ -4,7 +4,7 @@
 
 A state with AdamW's moments is trained by a step of real matrix products on all cores, donated as
 in the loop, and saved every few steps. Blocked: the time `save` takes to return. Slowed: what the
-steps after it lose to the threads that write and hash. Both should be well under one step.
+steps after it lose to the threads that write and hash, which on a CPU share its cores.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def make_state(width, layers, vocabulary):
     kernels |= {"gate": 3 * width, "up": 3 * width}
     block = {name: jnp.ones((width, units)) for name, units in kernels.items()}
     block["down"] = jnp.ones((3 * width, width))
-    params = {"table": jnp.ones((vocabulary, width))}
-    params["blocks"] = {str(i): jax.tree.map(jnp.copy, block) for i in range(layers)}
+    blocks = {str(i): block for i in range(layers)}
+    params = {"table": jnp.ones((vocabulary, width)), "blocks": blocks}
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
     return {"params": params, "opt_state": optax.adamw(1e-3).init(params)}
 
@@ -102,7 +102,7 @@ def measure(options, directory):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
