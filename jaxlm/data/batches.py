@@ -5,6 +5,7 @@ and for the rows of this host, which are contiguous in each global batch. The re
 read in one call a source and decoded together, so the cost per row stays small at any length.
 """
 
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -48,38 +49,42 @@ class HostRows(grain.transforms.DatasetSelectionMap):
         if limit is not None and taken >= limit:
             found = self._sources[source]
             raise ValueError(
-                f"source {found.name!r} is used up: max_epochs={found.max_epochs:g} allows {limit:,} "
-                f"of its rows. Train fewer steps, lower its weight, or raise max_epochs."
+                f"source {found.name!r} is used up: max_epochs={found.max_epochs:g} allows "
+                f"{limit:,} of its rows. Train fewer steps, lower its weight, or raise max_epochs."
             )
         return source, taken
 
 
 class Gather:
-    """[(source, row)] -> a batch; reads all records of a source at once."""
+    """Rows of all sources, numbered through -> a batch; one read a source."""
 
     def __init__(self, sources: Sequence[PreparedSource], attend_across_documents: bool):
         self._readers = [Reader(source.records) for source in sources]
+        self._first = np.cumsum([0, *(source.rows for source in sources)])
         self._dtype = np.dtype(sources[0].dtype)
         self._length = sources[0].length
         self._attend = attend_across_documents
 
-    def __call__(self, picked: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        records: list[bytes] = [b""] * len(picked)
-        for source in {source for source, _ in picked}:
-            at = [i for i, (s, _) in enumerate(picked) if s == source]
-            found = self._readers[source].read([picked[i][1] for i in at])
+    def __call__(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        source_B = np.searchsorted(self._first, numbers, side="right") - 1
+        index_B = numbers - self._first[source_B]
+        records: list[bytes] = [b""] * len(numbers)
+        for source in np.unique(source_B):
+            at = np.flatnonzero(source_B == source)
+            found = self._readers[source].read(index_B[at].tolist())
             for i, record in zip(at, found, strict=True):
                 records[i] = record
         rows = pack.from_bytes(records, self._length, self._dtype)
-        source_B, index_B = np.array(picked, np.int32).T.copy()
-        return pack.to_batch(rows, self._attend) | {"source": source_B, "index": index_B}
+        return pack.to_batch(rows, self._attend) | {
+            "source": source_B.astype(np.int32),
+            "index": index_B.astype(np.int32),
+        }
 
 
-def _shuffled(number: int, source: PreparedSource, seed: int) -> grain.MapDataset:
-    """(source, row) endlessly; each epoch another permutation, the same whatever else is mixed."""
+def _shuffled(source: PreparedSource, first: int, seed: int) -> grain.MapDataset:
+    """The numbers of a source's rows, another permutation each epoch, whatever else is mixed."""
     own_seed = (seed + zlib.crc32(source.name.encode())) % 2**32
-    rows = grain.MapDataset.range(source.rows).seed(own_seed).shuffle()
-    return rows.map(lambda row: (number, row)).repeat()
+    return grain.MapDataset.range(first, first + source.rows).seed(own_seed).shuffle().repeat()
 
 
 def batches(
@@ -107,7 +112,8 @@ def batches(
     weights = {source.name: source.weight for source in prepared.sources}
     schedule = mix.Schedule(stages or mix.parse_stages("", weights, 0), names)
     mine = HostRows(schedule, prepared.sources, rows, position, process_index, process_count)
-    shuffled = [_shuffled(i, source, seed) for i, source in enumerate(prepared.sources)]
+    firsts = itertools.accumulate((source.rows for source in prepared.sources), initial=0)
+    shuffled = [_shuffled(*each, seed) for each in zip(prepared.sources, firsts, strict=False)]
     mixed = grain.MapDataset.select_from_datasets(shuffled, mine)
     gather = Gather(prepared.sources, attend_across_documents)
     batched = mixed.batch(rows // process_count, batch_fn=gather)

@@ -51,9 +51,8 @@ def read_text(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator
 
 def read_jsonl(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator[Document]:
     """One JSON object a line; lines of white space are skipped."""
-    opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     number = 0
-    with opened as lines:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -184,7 +183,8 @@ def tfds_rows(source: str, name: str, split: str, key: str, tally: Tally) -> Ite
     builder = _builder(source, name)
     if split not in builder.info.splits:
         raise ValueError(
-            f"source {name!r}: {source} has no split {split!r}; there are {list(builder.info.splits)}"
+            f"source {name!r}: {source} has no split {split!r}; there are "
+            f"{list(builder.info.splits)}"
         )
     try:
         rows = builder.as_data_source(split=split)
