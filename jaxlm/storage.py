@@ -40,8 +40,8 @@ def record(
     """The digest of what is about to be saved."""
     trees = {item: digests.layout(tree) for item, tree in items.items()}
     # Through JSON now: what cannot be written is an error here, and later changes do not count.
-    about = json.loads(json.dumps(dict(about)))
-    return Digest(step, trees, about, {name: float(value) for name, value in metrics.items()})
+    kept = json.loads(json.dumps(dict(about)))
+    return Digest(step, trees, kept, {name: float(value) for name, value in metrics.items()})
 
 
 def start(folder: pathlib.Path, items: Trees) -> ocp.AsyncResponse:
