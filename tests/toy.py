@@ -112,6 +112,25 @@ def batch(rows: int = 8, length: int = 12, vocabulary: int = 32, seed: int = 0, 
     }
 
 
+def pairs(number: int = 8, length: int = 12, seed: int = 0):
+    """Chosen and rejected responses to one prompt, with padding behind them: [P, 2, L] each."""
+    prompt, shortest = 4, 6
+    keys = jax.random.split(jax.random.key(seed), 3)
+    words = jax.random.randint(keys[0], (number, 2, length + 1), 0, 32)
+    opening = jax.random.randint(keys[1], (number, 1, prompt), 0, 32)
+    words = words.at[..., :prompt].set(opening)
+    real_P2 = jax.random.randint(keys[2], (number, 2), shortest, length + 1)
+    place_P2L = jnp.broadcast_to(jnp.arange(length), (number, 2, length))
+    real_P2L = place_P2L < real_P2[..., None]
+    return {
+        "tokens": jnp.where(real_P2L, words[..., :-1], 0),
+        "targets": jnp.where(real_P2L, words[..., 1:], 0),
+        "weights": (real_P2L & (place_P2L >= prompt - 1)).astype(jnp.float32),
+        "segments": real_P2L.astype(jnp.int32),
+        "positions": place_P2L,
+    }
+
+
 def _block(params, x_BLD, see_BLM, real_BL):
     taps = {}
 
