@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  (lists of names read better as text)
 """The built-in corpora, read from this Python itself: no network, no data to ship.
 
 stdlib-code   the modules of the standard library, one document a file, without tests, vendored
@@ -31,7 +32,6 @@ SHARED = 0.2  # share of a held-out document's characters in lines that training
 REPEATED = 0.6  # share beyond which prose repeats earlier prose and is dropped
 
 # Folders and files of the standard library that are not somebody's hand-written library code.
-# ruff: noqa: SIM905 (lists of names read better as text)
 _NOT_LIBRARY = frozenset(
     """test tests idle_test ctypes_test site-packages dist-packages __pycache__ ensurepip _vendor
     lib-dynload encodings pydoc_data __phello__ stringprep.py __hello__.py""".split()

@@ -174,7 +174,8 @@ def _builder(source: str, name: str):
 
 def tfds_files(source: str, name: str) -> list[pathlib.Path]:
     """The files of a TFDS data set, sorted."""
-    folder = pathlib.Path(_builder(source, name).data_dir)
+    here = is_tfds_folder(source)
+    folder = pathlib.Path(source if here else _builder(source, name).data_dir).expanduser()
     return sorted(p for p in folder.iterdir() if p.is_file())
 
 

@@ -18,7 +18,7 @@ class Writer:
     """Writes rows to numbered files in a folder; `hash` is of their content and order."""
 
     def __init__(self, folder: pathlib.Path, dtype: np.dtype):
-        self._folder, self._dtype = folder, dtype
+        self._folder, self.dtype = folder, dtype
         self._file = None
         self._digest = hashlib.sha256()
         self.rows, self.names = 0, []
@@ -26,7 +26,7 @@ class Writer:
     def write(self, rows: pack.Rows) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        for record in pack.to_bytes(rows, self._dtype):
+        for record in pack.to_bytes(rows, self.dtype):
             if self.rows % ROWS_PER_FILE == 0:
                 self.close()
                 self.names.append(f"{len(self.names):05}.array_record")

@@ -13,6 +13,7 @@ import glob as globbing
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 from jaxlm.data import corpora, filters, readers
@@ -52,7 +53,7 @@ class SourceSpec:
 def parse_added(text: str) -> tuple[SourceSpec, ...]:
     """ "name:path:weight; name:path:weight" as specs; the path may contain colons."""
     specs = []
-    for item in filter(None, (part.strip() for part in text.split(";"))):
+    for item in filter(None, map(str.strip, re.split("[;,]", text))):
         name, _, rest = item.partition(":")
         path, _, weight = rest.rpartition(":")
         try:
@@ -60,7 +61,7 @@ def parse_added(text: str) -> tuple[SourceSpec, ...]:
         except ValueError as error:
             raise ValueError(
                 f"{item!r} is no source to add: write name:path:weight, such as "
-                f"notes:/data/notes.jsonl:0.5, with ; between several ({error})"
+                f"notes:/data/notes.jsonl:0.5, with a comma between several ({error})"
             ) from None
     return tuple(specs)
 
@@ -112,10 +113,10 @@ def fingerprint(spec: SourceSpec) -> str:
     return digest.hexdigest()
 
 
-def size(spec: SourceSpec, held_out: float) -> int:
+def size(spec: SourceSpec, held_out: float, progress: Progress | None = None) -> int:
     """Roughly how many characters `read` will yield; 0 = unknown."""
     if spec.source in BUILT_IN:
-        return sum(len(d.text) for d in corpora.load(held_out)[spec.source])
+        return sum(len(d.text) for d in corpora.load(held_out, progress)[spec.source])
     if is_tfds(spec):
         return 0
     paths = files(spec)

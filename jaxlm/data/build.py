@@ -1,0 +1,208 @@
+"""The two things that are built once: the tokenizer, and the packed records of a source.
+
+Text streams through in chunks of a megabyte, so a source may be larger than memory. The tokenizer
+encodes the next chunk on all cores, in threads of its own (forking a process would be unsafe next
+to JAX), while this thread packs and writes the one before.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+
+from jaxlm.data import meter, pack, records, sources, tokenizer
+from jaxlm.data.documents import Document, Progress, Tally, distinct, is_held_out
+from jaxlm.data.spec import DataSpec
+
+CHUNK = 2**20  # characters tokenized at a time
+TRAIN_TOKENIZER_ON = 2**25  # characters in all, an equal share from each source
+HELD_OUT_LIMIT = 2**24  # characters of a source kept for evaluation; the rest is only left out
+
+
+def build_tokenizer(folder: pathlib.Path, spec: DataSpec, report: Progress) -> dict:
+    """Trains or writes the tokenizer that the spec asks for."""
+    if spec.tokenizer == "byte":
+        tokenizer.save_byte(folder)
+        return {}
+    texts = _training_texts(spec, report)
+    note = f"training the tokenizer, {spec.vocabulary:,} token types"
+    meter.while_reporting(lambda: tokenizer.train_bpe(texts, spec.vocabulary, folder), report, note)
+    return {}
+
+
+def _training_texts(spec: DataSpec, report: Progress) -> Iterator[str]:
+    limit = TRAIN_TOKENIZER_ON // len(spec.sources)
+    for source in spec.sources:
+        used = 0
+        for held, document in divided(source, spec.held_out, Tally(), report):
+            if not held:
+                used += len(document.text)
+                yield document.text
+            if used >= limit:
+                break
+
+
+def divided(
+    source: sources.SourceSpec, held_out: float, tally: Tally, report: Progress
+) -> Iterator[tuple[bool, Document]]:
+    """(held out?, document) of each distinct document of a source."""
+    for key, document in distinct(sources.read(source, tally, held_out, report), tally):
+        by_text = is_held_out(key, held_out)
+        yield document.split == "held_out" or (not document.split and by_text), document
+
+
+class HeldOut:
+    """Takes the held-out documents out of a stream into a file of JSON lines."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._digest = hashlib.sha256()
+        self.documents = self.characters = 0
+
+    def rest(self, stream: Iterator[tuple[bool, Document]], progress: meter.Meter):
+        """The documents to train on."""
+        with open(self._path, "w", encoding="utf-8") as file:
+            for held, document in stream:
+                progress.add(len(document.text))
+                self._digest.update(document.text.encode())
+                if not held:
+                    yield document
+                elif self.characters < HELD_OUT_LIMIT:
+                    self.documents += 1
+                    self.characters += len(document.text)
+                    file.write(json.dumps({"name": document.name, "text": document.text}) + "\n")
+
+    @property
+    def hash(self) -> str:
+        """Of all documents that went by."""
+        return self._digest.hexdigest()
+
+
+def read_held_out(path: pathlib.Path) -> list[Document]:
+    """What `HeldOut` wrote."""
+    with open(path, encoding="utf-8") as lines:
+        return [Document(row["name"], row["text"], "held_out") for row in map(json.loads, lines)]
+
+
+def build_records(
+    folder: pathlib.Path,
+    spec: DataSpec,
+    source: sources.SourceSpec,
+    tokens: tokenizer.Tokenizer,
+    report: Progress,
+) -> dict:
+    """Writes the packed rows and held_out.jsonl of one source; returns the facts about them."""
+    tally, held = Tally(), HeldOut(folder / "held_out.jsonl")
+    size = sources.size(source, spec.held_out, report)
+    progress = meter.Meter(report, f"{source.name}: tokenizing and packing", size)
+    documents = held.rest(divided(source, spec.held_out, tally, report), progress)
+    writer, packed = _pack_into(folder, documents, spec.length, source.max_tokens, tokens, progress)
+    tally.check(source.name, spec.skip_malformed)
+    if not writer.rows:
+        raise ValueError(
+            f"source {source.name!r} has no document to train on: of {tally.rows} rows "
+            f"{tally.malformed} are malformed, {tally.empty} empty, {tally.filtered} filtered out, "
+            f"{tally.duplicates} duplicates and {held.documents} held out."
+        )
+    progress.end(f"{source.name}: {packed['tokens']:,} tokens in {writer.rows:,} rows")
+    lossless = packed.pop("lossless")
+    return {
+        "card": packed
+        | {
+            "rows": writer.rows,
+            "chars_per_token": packed["characters"] / packed["tokens"],
+            "duplicates": tally.duplicates,
+            "malformed": tally.malformed,
+            "empty": tally.empty,
+            "filtered": tally.filtered,
+            "held_out_documents": held.documents,
+            "held_out_characters": held.characters,
+            "hash": held.hash,
+        },
+        "files": writer.names,
+        "dtype": writer.dtype.str,
+        "lossless": lossless,
+        "records_hash": writer.hash,
+        "notes": _notes(source.name, spec, tokens.name, tally, held.documents, lossless),
+    }
+
+
+def _pack_into(folder, documents, length, max_tokens, tokens, progress):
+    """(the closed writer, counts of what was packed)."""
+    writer = records.Writer(folder, tokenizer.token_dtype(tokens.vocabulary_size))
+    left = pack.EMPTY
+    packed = {"documents": 0, "characters": 0, "tokens": 0, "lossless": True}
+    for chunk, ids in encoded(documents, tokens, progress):
+        if not packed["documents"]:
+            packed["lossless"] = tokens.is_lossless(chunk[0].text[:10_000])
+        ids, share = capped(ids, max_tokens - packed["tokens"] if max_tokens else None)
+        rows, left = pack.pack(ids, length, tokens.bos, tokens.eos, before=left, last=False)
+        writer.write(rows)
+        lengths = [len(document.text) for document in chunk[: len(ids)]]
+        packed["documents"] += len(ids)
+        packed["characters"] += sum(lengths) - round((1 - share) * lengths[-1])
+        packed["tokens"] += sum(map(len, ids)) + len(ids)
+        if max_tokens and packed["tokens"] >= max_tokens:
+            break
+    writer.write(pack.pack([], length, tokens.bos, tokens.eos, before=left)[0])
+    writer.close()
+    return writer, packed
+
+
+def encoded(documents: Iterator[Document], tokens: tokenizer.Tokenizer, progress: meter.Meter):
+    """(documents, their ids) chunk by chunk; the next chunk is encoded while one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        before = None
+        for chunk in chunks(documents):
+            encoding = pool.submit(tokens.encode_batch, [document.text for document in chunk])
+            if before:
+                yield before[0], progress.wait(before[1])
+            before = chunk, encoding
+        if before:
+            yield before[0], progress.wait(before[1])
+
+
+def chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about `CHUNK` characters."""
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= CHUNK:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def capped(ids: list[list[int]], room: int | None) -> tuple[list[list[int]], float]:
+    """The documents that fit in `room` tokens, eos included, and the share kept of the last."""
+    if room is None:
+        return ids, 1.0
+    for i, document in enumerate(ids):
+        if len(document) + 1 >= room:
+            kept = document[: room - 1]
+            return [*ids[:i], kept], len(kept) / max(1, len(document))
+        room -= len(document) + 1
+    return ids, 1.0
+
+
+def _notes(name, spec, tokenizer_name, tally, held_documents, lossless) -> list[str]:
+    notes = []
+    if tally.malformed:
+        notes.append(
+            f"Source {name!r}: {tally.malformed} malformed of {tally.rows} rows were skipped; "
+            f"the first: {tally.where[0]}."
+        )
+    if spec.held_out and not held_documents:
+        notes.append(
+            f"Source {name!r}: none of its few documents fell to the held-out share "
+            f"{spec.held_out:g}, so it will not be evaluated; raise data.held_out to hold some out."
+        )
+    if not lossless:
+        notes.append(
+            f"The tokenizer {tokenizer_name} does not give the text of {name!r} back exactly, so "
+            f"its bits per character cannot be compared with other tokenizers or compressors."
+        )
+    return notes

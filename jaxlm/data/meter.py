@@ -1,0 +1,58 @@
+"""Tells a callback how far the work is, often enough that nobody wonders."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from jaxlm.data.documents import Progress
+
+T = TypeVar("T")
+
+
+def throttled(progress: Progress | None, seconds: float = 0.1) -> Progress:
+    """Lets a call through when the last one is `seconds` ago, or when it says that all is done."""
+    last = 0.0
+
+    def report(done: int, total: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress and (now - last >= seconds or 0 < total <= done):
+            last = now
+            progress(done, total, note)
+
+    return report
+
+
+class Meter:
+    """A count that is reported as it grows; total 0 = unknown."""
+
+    def __init__(self, report: Progress, note: str, total: int = 0):
+        self._report, self._note, self._total, self._done = report, note, total, 0
+
+    def add(self, amount: int) -> None:
+        self._done += amount
+        if self._total:  # an estimate: never past the end, never at the end before it is
+            self._report(min(self._done, self._total - 1), self._total, self._note)
+        else:
+            self._report(0, 0, self._note)
+
+    def wait(self, future: "concurrent.futures.Future[T]") -> T:
+        """The future's result; meanwhile reports twice a second."""
+        while True:
+            try:
+                return future.result(timeout=0.5)
+            except TimeoutError:
+                if future.done():
+                    raise
+                self.add(0)
+
+    def end(self, note: str) -> None:
+        total = max(self._total, self._done, 1)
+        self._report(total, total, note)
+
+
+def while_reporting(work: Callable[[], T], report: Progress, note: str) -> T:
+    """Runs `work` in a thread, so that this one can say that it goes on."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return Meter(report, note).wait(pool.submit(work))
