@@ -40,8 +40,9 @@ def main(extras: list[str]) -> int:
             if not pip(console, python, extras):
                 return 1
         BROKEN.unlink()
-        for extra in ["installed", *(f"installed-{e}" for e in extras)]:
-            (VENV / extra).touch()
+        done = [f"installed-{extra}" for extra in extras]
+        for stamp in done if done and (VENV / "installed").exists() else ["installed", *done]:
+            (VENV / stamp).touch()
     return 0
 
 
@@ -87,7 +88,8 @@ def pip(console: Console, python: Path, extras: list[str]) -> bool:
         found = 0
         for line in process.stdout:
             log.write(line)
-            tail.append(line.rstrip())
+            if not line.startswith("WARNING"):
+                tail.append(line.rstrip())
             found = follow(console, line.strip(), found)
     if process.returncode == 0:
         return True
@@ -102,8 +104,8 @@ def pip(console: Console, python: Path, extras: list[str]) -> bool:
 
 def follow(console: Console, line: str, found: int) -> int:
     """Shows what a line of pip's says; returns the number of packages so far."""
-    if match := re.match(r"(?:Collecting|Processing) (\S+)", line):
-        console.progress(found + 1, 0, "finding packages", unit="package", name=match[1][:40])
+    if match := re.match(r"(?:Collecting|Processing \S*/)\s*(\w+)", line):
+        console.progress(found + 1, 0, "finding packages", unit="package", name=match[1])
         return found + 1
     if match := re.match(
         r"(?:Downloading|Using cached) (?:\S*/)?([\w.]+)-\S+ \(([\d.]+ [kMG]B)\)", line
@@ -113,8 +115,6 @@ def follow(console: Console, line: str, found: int) -> int:
         console.note(f"unpacking {len(match[1].split(','))} packages")
     elif line.startswith("Successfully installed"):
         console.say(f"  {len(line.split()) - 2} packages installed")
-    elif re.match(r"(WARNING|ERROR)", line) and "pip version" not in line:
-        console.say(f"  pip: {line}")
     return found
 
 

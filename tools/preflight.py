@@ -6,7 +6,7 @@ Says what is missing and the remedy, and exits with 1, or prints one line and ex
 in the Python that versions 2.7 to 3.x have in common, since an old one must run it to be told so.
 """
 
-# ruff: noqa: UP, RUF005
+# ruff: noqa: UP010, UP024, UP031, RUF005
 from __future__ import print_function
 
 import os
