@@ -73,7 +73,9 @@ class Built(NamedTuple):
         init = jax.jit(lambda p: init_state(p, method, self.tx), out_shardings=layout)
         # Outside the jitted init, since an extra may load its params from a file.
         extras = {k: e.init(params, self.load) for k, e in self.run.method.extras.items()}
-        extras = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), extras, self.abstract.extras)
+        extras = jax.tree.map(
+            lambda x, a: jax.device_put(x, a.sharding), extras, self.abstract.extras
+        )
         return init(params)._replace(extras=extras)
 
 
@@ -89,7 +91,8 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
         model = dataclasses.replace(model, vocabulary=vocabulary)
     if model.vocabulary < vocabulary:
         raise ValueError(
-            f"config.model.vocabulary={model.vocabulary} is smaller than the tokenizer's {vocabulary}"
+            f"config.model.vocabulary={model.vocabulary} is smaller than the tokenizer's, "
+            f"{vocabulary}; 0 takes the tokenizer's"
         )
     lm = decoder(model, sharding.platform(mesh))
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)

@@ -65,7 +65,9 @@ class ExpectSpec:
 
     def figures(self) -> dict[str, float]:
         try:
-            return {k: float(v) for k, v in (part.split("=") for part in self.bits_per_char.split())}
+            return {
+                k: float(v) for k, v in (part.split("=") for part in self.bits_per_char.split())
+            }
         except ValueError:
             raise ValueError(
                 f"bits_per_char={self.bits_per_char!r} should look like 'code=1.30 prose=1.60'"
@@ -173,9 +175,7 @@ def check(c: ConfigDict) -> Run:
     for key in ("steps", "batch", "accumulate"):
         if c[key] < 1:
             raise ValueError(f"config.{key}={c[key]} must be at least 1")
-    groups = {
-        name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"
-    }
+    groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
     if method.objective is None:
         raise ValueError(f"config.method={c.method!r} has no objective; add next_token or dpo")
@@ -232,8 +232,8 @@ def from_saved(flat: dict[str, Any]) -> Run:
     c = defaults()
     for key, value in flat.items():
         *groups, last = key.split(".")
-        if groups[:2] == ["data", "mix"]:
-            c.data.mix.setdefault(groups[2], source())
+        if groups[:2] == ["data", "mix"] and groups[2] not in c.data.mix:
+            c.data.mix[groups[2]] = source()
         group = functools.reduce(lambda t, g: t[g], groups, c)
         if last in group:
             group[last] = tuple(value) if isinstance(value, list) else value
@@ -312,9 +312,7 @@ def _build(spec, group: ConfigDict, name: str):
 
 def _data(group: ConfigDict) -> DataSpec:
     """The data group and its mixture; a source's name is its key in the mixture."""
-    sources = [
-        SourceSpec(name=name, **dict(entry)) for name, entry in group.mix.items()
-    ]
+    sources = [SourceSpec(name=name, **dict(entry)) for name, entry in group.mix.items()]
     sources += parse_added(group.add)
     if not sources:
         raise ValueError(
@@ -341,12 +339,9 @@ def _method(c: ConfigDict) -> tuple[Method, set[str]]:
 
 def _changed(flat):
     known = flatten(defaults().to_dict())
-    return {
-        k: [known.get(k), v] for k, v in flat.items() if _plain(known.get(k)) != _plain(v)
-    }
+    return {k: [known.get(k), v] for k, v in flat.items() if _plain(known.get(k)) != _plain(v)}
 
 
 def _plain(value):
     """Tuples and lists alike, as JSON brings them back."""
     return list(value) if isinstance(value, tuple) else value
-

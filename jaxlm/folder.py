@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def skipped_too_often(run: Run, times: int, checkpoint: int | None) -> str:
     """Why a run ended whose updates had to be skipped, and what there is to go on from."""
     last = "none yet" if checkpoint is None else f"step {checkpoint:,}"
     return (
-        f"{times} updates in a row were skipped, since the loss or a gradient was not finite or far "
-        f"above its running mean; last good checkpoint in {run.workdir}: {last}. Lower "
+        f"{times} updates in a row were skipped, since the loss or a gradient was not finite, or "
+        f"the loss far above its running mean; last good checkpoint in {run.workdir}: {last}. Lower "
         "--config.optimizer.learning_rate, or look at the data of these steps"
     )
 
@@ -97,6 +98,7 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     run, path = built.run, built.run.workdir / "run.json"
     if jax.process_index() != 0:
         return
+    shutil.copytree(prepared.tokenizer_folder, run.workdir / "tokenizer", dirs_exist_ok=True)
     parts = parameter_count_by_part(built.abstract.params)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(
@@ -152,7 +154,9 @@ def commit() -> str:
         say = lambda *args: subprocess.run(
             [*git, *args], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        return say("rev-parse", "--short=12", "HEAD") + ("+" if say("status", "--short", "-uno") else "")
+        return say("rev-parse", "--short=12", "HEAD") + (
+            "+" if say("status", "--short", "-uno") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 

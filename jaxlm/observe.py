@@ -7,16 +7,20 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm.build import Built
 from jaxlm.console import Console
+from jaxlm.data import pack
 from jaxlm.data.prepare import Prepared
+from jaxlm.data.records import Reader
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.generate.sample import make_sampler
 from jaxlm.metrics import Clock, Writer
 from jaxlm.process import cache_dir
 
 PROMPT_TOKENS = 24
+TEMPERATURE = 0.8
 PRIMED_LIMIT = 2**26  # characters of training text that xz is still primed with
 
 
@@ -40,7 +44,7 @@ class Observer:
             if source.held_out
         }
         self.held = HeldOut(built.lm, sources, batch=run.eval.batch, put=built.put_whole)
-        self.sampler = make_sampler(built.lm, length)
+        self.sampler = make_sampler(built.lm, length, temperature=TEMPERATURE)
         shares = {float(share) for share in run.eval.samples.split()}
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
@@ -76,6 +80,7 @@ class Observer:
             self.evaluate(step, state)
         if step in self.sample_at:
             self.sample(step, state)
+        self.console.note("training")
 
     def evaluate(self, step: int, state):
         """Scores the params, and each extra that asks for it; returns the bits of the params."""
@@ -150,7 +155,7 @@ class Observer:
         }
 
     def _tick(self, done, total):
-        self.console.note(f"scoring held-out text, {done}/{total} rows")
+        self.console.note(f"scoring held-out text, row {done:,} of {total:,}")
 
     def _compress(self):
         """Fills in the compressors' figures, from the cache if they are there."""
@@ -167,4 +172,11 @@ class Observer:
     def _seen(self, name):
         """What the model trained on of this source; "" if that is too much to prime xz with."""
         source = next(s for s in self.prepared.sources if s.name == name)
-        return source.training_text() if source.characters <= PRIMED_LIMIT else ""
+        return training_text(self.prepared, source) if source.characters <= PRIMED_LIMIT else ""
+
+
+def training_text(prepared: Prepared, source) -> str:
+    """The text of a source's records, put together from their targets again."""
+    stored = Reader(source.records).read(range(source.rows))
+    rows = pack.from_bytes(stored, source.length, np.dtype(source.dtype))
+    return prepared.tokenizer.decode(rows.tokens[rows.target])

@@ -80,7 +80,7 @@ def make_step(
 
 
 def _sum_over_micro_batches(fn, batch, key, accumulate):
-    """Sums loss, weight, metrics, taps and grads, so that uneven micro-batches weigh as they should."""
+    """Sums of loss, weight, metrics, taps and grads, so uneven micro-batches weigh rightly."""
     if accumulate == 1:
         return fn(batch, key)
     # Every accumulate-th row, not a run of rows: rows of one device stay on it.

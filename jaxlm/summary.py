@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm.console import Console
+from jaxlm.data import mix
 from jaxlm.folder import describe_device
 from jaxlm.models.transformer import parameter_count_by_part
 
@@ -21,14 +22,22 @@ def machine(mesh, peak: tuple[float, str], dtype: str) -> str:
     """One line: devices, mesh, peak."""
     sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "none"
     return (
-        f"{jax.device_count()} × {describe_device()}, mesh split: {sizes}; {dtype} matrix products at "
-        f"{peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]}); jax {jax.__version__}"
+        f"{jax.device_count()} × {describe_device()}, mesh split: {sizes}; {dtype} matrix products "
+        f"at {peak[0] / 1e9:,.0f} GFLOP/s ({peak[1]}); jax {jax.__version__}"
     )
 
 
 def data_card(console: Console, prepared, run) -> None:
     """The sources of the mixture: what they hold, what was left out, how often they are read."""
-    header = ("source", "documents", "characters", "tokens", "chars/token", "duplicates", "held out")
+    header = (
+        "source",
+        "documents",
+        "characters",
+        "tokens",
+        "chars/token",
+        "duplicates",
+        "held out",
+    )
     rows = [
         (
             name,
@@ -42,7 +51,9 @@ def data_card(console: Console, prepared, run) -> None:
         for name, card in prepared.card["sources"].items()
     ]
     console.table(rows, header)
-    console.say(f"  corpus {prepared.hash[:16]}, {prepared.tokenizer.vocabulary_size:,} token types")
+    console.say(
+        f"  corpus {prepared.hash[:16]}, {prepared.tokenizer.vocabulary_size:,} token types"
+    )
     for line in epochs(prepared, run):
         console.say(f"  {line}")
 
@@ -53,13 +64,23 @@ def share(card) -> float:
 
 
 def epochs(prepared, run) -> list[str]:
-    """How often each source is read, in words."""
-    counts = prepared.rows_by_source(run.steps * run.rows)
+    """How often each source is read, in words. Raises `ValueError` where one is used up."""
+    total = run.steps * run.rows
+    weights = {source.name: source.weight for source in prepared.sources}
+    stages = mix.parse_stages(run.data.stages, weights, total)
+    taken = mix.check_rows(prepared.sources, stages, total)
     return [
-        f"{source.name}: {counts[source.name] * run.data.length:,} tokens, "
-        f"{counts[source.name] / max(source.rows, 1):.2f} epochs"
+        f"{source.name}: {taken[source.name] * source.tokens:,.0f} tokens to train on, "
+        f"{taken[source.name]:.2f} epochs"
         for source in prepared.sources
     ]
+
+
+def chars_per_token(prepared) -> float:
+    """Of the mixture, by the weights of its sources."""
+    total = sum(s.weight for s in prepared.sources)
+    each = ((s.weight / total, s.characters / max(s.tokens, 1)) for s in prepared.sources)
+    return sum(weight * ratio for weight, ratio in each) or 1.0
 
 
 def dry_run(console: Console, built, prepared) -> int:
@@ -86,14 +107,16 @@ def _estimate(console, built):
     console.say(f"\nMemory of the state: {kept / 2**20:,.0f} MiB")
     if built.mesh.devices.flat[0].platform == "cpu" and kept > 0.8 * free:
         console.warn(
-            f"the state alone takes {kept / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free here; "
-            "nothing was compiled or timed"
+            f"the state alone takes {kept / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "
+            "here; nothing was compiled or timed"
         )
         return
     with console.phase(3, 6, "estimate", f"compiling, then timing {TRIED_STEPS} steps on zeros"):
         step, _ = built.step()
         shape = (run.rows, run.data.length)
-        zeros = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "segments", "positions")}
+        zeros = {
+            k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "segments", "positions")
+        }
         zeros |= {"weights": np.ones(shape, np.float32)}
         zeros |= {k: np.zeros(shape[:1], np.int32) for k in ("source", "index")}
         batch, state, key = built.put_whole(zeros), built.first_state(), jax.random.key(0)
@@ -111,8 +134,8 @@ def _estimate(console, built):
         console.say(f"  memory of a step, per device: {peak / 2**20:,.0f} MiB")
     speed = run.batch * run.data.length / seconds
     console.say(
-        f"  {seconds * 1e3:,.0f} ms a step, {speed:,.0f} tokens/s: the {run.steps:,} steps take about "
-        f"{run.steps * seconds / 60:,.1f} minutes, without evaluation"
+        f"  {seconds * 1e3:,.0f} ms a step, {speed:,.0f} tokens/s: the {run.steps:,} steps take "
+        f"about {run.steps * seconds / 60:,.1f} minutes, without evaluation"
     )
 
 
@@ -130,7 +153,11 @@ def results(console: Console, run, found: dict) -> None:
     """The table of the model next to the compressors, and the samples."""
     names = [n for n in ("xz primed", "xz", "bz2", "gzip") if _has(found, n)]
     rows = [
-        (source, f"{value:.3f}", *(f"{found['compressors'][source].get(n, float('nan')):.3f}" for n in names))
+        (
+            source,
+            f"{value:.3f}",
+            *(f"{found['compressors'][source].get(n, float('nan')):.3f}" for n in names),
+        )
         for source, value in found["bits_per_char"].items()
     ]
     console.say("\nBits per character on held-out text (lower is better):")
@@ -148,9 +175,8 @@ def results(console: Console, run, found: dict) -> None:
     if "xz primed" in names:
         console.say(FOOTNOTE)
     for sample in found["samples"]:
-        console.say(f"\nA prompt from held-out {sample['source']}, and how the model goes on:")
-        console.say(_indented(sample["prompt"]))
-        console.say(_indented("⟶ " + sample["text"]))
+        console.say(f"\nA prompt from held-out {sample['source']}; from the arrow on, the model:")
+        console.say(_indented(f"{sample['prompt']}⟶{sample['text']}"))
     console.say("\n(A model of this size learns the style of its text, and no meaning.)")
 
 
@@ -170,7 +196,9 @@ def verdict(run, found: dict) -> list[str]:
         if value is None:
             continue
         word = "reached" if value <= most else "NOT reached"
-        lines.append(f"{source}: {value:.3f} bits per character; at most {most:.2f} expected: {word}.")
+        lines.append(
+            f"{source}: {value:.3f} bits per character; at most {most:.2f} expected: {word}."
+        )
         primed = found.get("compressors", {}).get(source, {}).get("xz primed")
         if primed:
             side = "below" if value < primed else "NOT below"
@@ -181,7 +209,10 @@ def verdict(run, found: dict) -> list[str]:
 def farewell(console: Console, run, found: dict, page) -> None:
     """The last lines: what was reached, where things are, what to try next."""
     minutes = found["seconds"] / 60
-    console.say(f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; {minutes:.1f} minutes in all.")
+    console.say(
+        f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; "
+        f"{minutes:.1f} minutes in all."
+    )
     for line in found["verdict"]:
         console.say(line)
     python = ".venv/bin/python" if shutil.which("jaxlm") is None else "python"
@@ -191,6 +222,6 @@ def farewell(console: Console, run, found: dict, page) -> None:
         f"  metrics      {run.workdir / 'metrics.jsonl'}, {run.workdir / 'train.log'}\n"
         "Try next:\n"
         f'  {python} -m jaxlm.generate --workdir="{run.workdir}" --prompt="def read"\n'
-        f"  {python} -m jaxlm.train --config=configs/quickstart.py --config.workdir=runs/mostly-code "
-        "--config.data.mix.code.weight=0.9"
+        f"  {python} -m jaxlm.train --config=configs/quickstart.py "
+        "--config.workdir=runs/mostly-code --config.data.mix.code.weight=0.9"
     )

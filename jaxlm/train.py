@@ -12,6 +12,7 @@ process.start(__name__)  # before JAX is imported: huge pages, quiet libraries
 
 import sys
 import time
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxlm.config import Run
 from jaxlm.console import Console
 from jaxlm.contract import TrainState
 from jaxlm.data.batches import batches
+from jaxlm.data.mix import parse_stages
 from jaxlm.data.prepare import Prepared, prepare
 from jaxlm.flops import count_flops, peak_flops
 from jaxlm.journal import Journal
@@ -58,20 +60,26 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
     with console.phase(2, PHASES, "data", "preparing the mixture"), clock("data"):
         prepared = prepare(run.data, process.cache_dir() / "data", progress=_ticker(console))
         summary.data_card(console, prepared, run)
+        for note in prepared.notes:
+            console.warn(note)
 
     with jax.set_mesh(mesh):
         built = build(run, prepared.tokenizer.vocabulary_size)
         if dry_run:
             return summary.dry_run(console, built, prepared)
         with (
-            Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config) as writer,
+            closing(Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config)) as writer,
             _checkpoints(run, console) as checkpoints,
         ):
             console.on_warning(lambda text: writer.event("warning", text=text))
-            return _train(built, prepared, console, writer, checkpoints, clock, peak, command, began)
+            return _train(
+                built, prepared, console, writer, checkpoints, clock, peak, command, began
+            )
 
 
-def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock, peak, command, began):
+def _train(
+    built: Built, prepared: Prepared, console, writer, checkpoints, clock, peak, command, began
+):
     run = built.run
 
     # ------------------------------------------------ 3 compile
@@ -83,9 +91,9 @@ def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock
         observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
-        feed = batches(prepared, **feed_options(run, min(start, run.steps - 1)))
+        rows = feed(run, prepared, start)
         with clock("compile"):
-            batch = built.put(next(feed))
+            batch = built.put(next(rows))
             traced = step_fn.trace(state, batch, key)
             flops = count_flops(traced.jaxpr)
             step_fn = traced.lower().compile()
@@ -103,7 +111,7 @@ def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock
         steps=run.steps,
         every=run.log.every,
         tokens_per_step=run.batch * run.data.length,
-        chars_per_token=prepared.chars_per_token,
+        chars_per_token=summary.chars_per_token(prepared),
         flops_per_step=flops,
         peak_flops=peak[0] * jax.device_count(),
         learning_rates=np.asarray(jax.vmap(built.schedule)(jnp.arange(run.steps))),
@@ -117,7 +125,7 @@ def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock
             journal.step(step + 1, metrics)
             if step + 1 < run.steps:
                 with clock("data_wait"):
-                    batch = built.put(next(feed))
+                    batch = built.put(next(rows))
             if observer.due(step + 1):
                 journal.fetch()
                 resume = journal.pause()
@@ -130,7 +138,9 @@ def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock
                     save(built, prepared, checkpoints, state, observer.figures)
                 resume()
             if journal.in_row >= run.guard.stop_after:
-                raise ValueError(folder.skipped_too_often(run, journal.in_row, checkpoints.latest()))
+                raise ValueError(
+                    folder.skipped_too_often(run, journal.in_row, checkpoints.latest())
+                )
             if (signal := signals.stop_requested(step + 1)) and step + 1 < run.steps:
                 journal.fetch()
                 save(built, prepared, checkpoints, state, observer.figures)
@@ -156,16 +166,19 @@ def _train(built: Built, prepared: Prepared, console, writer, checkpoints, clock
     return 0
 
 
-def feed_options(run: Run, step: int) -> dict:
-    """Where in the data a run stands after that many steps, for `batches`: one integer."""
-    return {
-        "rows": run.rows,
-        "position": step * run.rows,
-        "seed": run.seed,
-        "total": run.steps * run.rows,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def feed(run: Run, prepared: Prepared, step: int):
+    """Batches from the place in the data where a run stands after that many steps: one integer."""
+    weights = {source.name: source.weight for source in prepared.sources}
+    return batches(
+        prepared,
+        rows=run.rows,
+        position=step * run.rows,
+        seed=run.seed,
+        stages=parse_stages(run.data.stages, weights, run.steps * run.rows),
+        attend_across_documents=run.data.attend_across_documents,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def save(built: Built, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, figures):
@@ -236,19 +249,18 @@ def _ticker(console):
 
 def main() -> int:
     c, flags = configs.parse(sys.argv, __doc__)
-    command = process.command()
-    try:
-        run = configs.check(c)
-        if flags.dry_run:
-            return train(run, Console(), dry_run=True)
-        with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:
-            if finished := folder.finished(run):
-                console.say(finished)
-                return 0
-            console.log_to(run.workdir / "train.log")
-            return train(run, console, command=command)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
+    run = configs.check(c)
+    if flags.dry_run:
+        return train(run, Console(), dry_run=True)
+    with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:
+        if finished := folder.finished(run):
+            console.say(finished)
+            return 0
+        console.log_to(run.workdir / "train.log")
+        process.crash_folder(run.workdir)
+        for note in process.notes:
+            console.warn(note)
+        return train(run, console, command=process.command())
 
 
 if __name__ == "__main__":

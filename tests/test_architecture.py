@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "terminal": set(),
     "progress": {"terminal"},
     "console": {"progress", "terminal"},
-    "process": {"terminal"},
+    "process": {"hardware", "hugepages"},
+    "hardware": set(),
+    "hugepages": set(),
     "sharding": {"contract"},
     "digest": {"contract"},
     "storage": {"contract", "digest"},
@@ -106,5 +108,10 @@ def test_platform_is_asked_of_the_mesh():
 def test_no_pickle_no_remote_code_no_tensorflow():
     for path in FILES:
         text = path.read_text()
-        for word in ("import pickle", "trust_remote_code=True", "import tensorflow\n", "import clu"):
+        for word in (
+            "import pickle",
+            "trust_remote_code=True",
+            "import tensorflow\n",
+            "import clu",
+        ):
             assert word not in text, f"{path}: {word}"

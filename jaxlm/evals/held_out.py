@@ -74,7 +74,10 @@ class HeldOut:
         for name, source in self.sources.items():
             start = before
             found[name] = token_bits(
-                source.rows, nats, self._batch, lambda done, _: tick(start + done, self.rows)  # noqa: B023
+                source.rows,
+                nats,
+                self._batch,
+                lambda done, _: tick(start + done, self.rows),  # noqa: B023
             )
             before += len(source.rows)
         return found
@@ -111,10 +114,10 @@ class HeldOut:
             if not len(long):
                 continue
             middle = sorted(long, key=lambda i: each[i])[len(long) // 2]
-            shown = source.ids[middle][1:-1][:PASSAGE_TOKENS]
+            pieces = tokenizer.pieces(source.texts[middle])[:PASSAGE_TOKENS]
             tokens = [
-                [tokenizer.decode([i]), round(float(b), 2)]
-                for i, b in zip(shown, bits[name][middle], strict=False)
+                [text, round(float(b), 2)]
+                for (_, text), b in zip(pieces, bits[name][middle], strict=False)
             ]
             out.append({"source": name, "name": source.names[middle], "tokens": tokens})
         return out

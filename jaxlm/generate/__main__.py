@@ -22,19 +22,16 @@ import jax
 from jaxlm import config as configs
 from jaxlm.build import build
 from jaxlm.checkpoint import load_params
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate.sample import make_sampler
 from jaxlm.sharding import MeshSpec, make_mesh
 
 
 def main() -> int:
     flags = _flags().parse_args()
-    try:
-        _refuse(flags)
-        for text in samples(flags):
-            print(text, flush=True)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
+    _refuse(flags)
+    for text in samples(flags):
+        print(text, flush=True)
     return 0
 
 
@@ -44,9 +41,11 @@ def samples(flags):
     try:
         saved = json.loads((workdir / "run.json").read_text())
     except (OSError, ValueError):
-        raise ValueError(f"{workdir} is no work folder of a run: it has no readable run.json") from None
+        raise ValueError(
+            f"{workdir} is no work folder of a run: it has no readable run.json"
+        ) from None
     run = configs.from_saved(configs.flatten(saved["config"]))
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = tokenizers.load(workdir / "tokenizer")
     device = jax.devices()[:1]
     with jax.set_mesh(make_mesh(MeshSpec(), device)):
         run = dataclasses.replace(run, mesh=MeshSpec())

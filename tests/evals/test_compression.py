@@ -11,9 +11,7 @@ def test_every_target_is_scored_once_with_enough_context(length, stride):
     documents = [list(rng.integers(1, 99, n)) for n in (2, 3, 9, 40, 41, 5, 33, 2, 64)]
     rows = windows(documents, length, stride)
     scored = np.zeros((len(documents), 64), int)
-    np.add.at(
-        scored, (rows.document_NL, rows.offset_NL), (rows.batch["weights"] > 0).astype(int)
-    )
+    np.add.at(scored, (rows.document_NL, rows.offset_NL), (rows.batch["weights"] > 0).astype(int))
     for d, ids in enumerate(documents):
         assert (scored[d, : len(ids) - 1] == 1).all()
         assert scored[d].sum() == len(ids) - 1

@@ -1,0 +1,87 @@
+import pytest
+
+from jaxlm import config as configs
+from jaxlm import methods
+from jaxlm.config import check, defaults, flatten, nest, source
+
+NUMBER_OF_KEYS = 77  # outside the groups of the methods
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    c = defaults()
+    c.data.mix.a = source(source=str(tmp_path), glob="*.txt")
+    return c
+
+
+def test_a_typo_in_a_recipe_is_an_error():
+    c = defaults()
+    with pytest.raises((AttributeError, KeyError), match="learning_rate"):
+        c.optimizer.learnig_rate = 3
+    with pytest.raises((AttributeError, KeyError)):
+        c.data.mix.x = source(wieght=1)
+
+
+def test_a_whole_number_does_not_pin_a_float_knob():
+    c = defaults()
+    for key, value in flatten(c.to_dict()).items():
+        if isinstance(value, float):
+            group = c
+            *groups, last = key.split(".")
+            for name in groups:
+                group = group[name]
+            group[last] = 0.5
+
+
+def test_methods_compose_in_the_order_written(recipe):
+    recipe.method = "next_token + migu"
+    recipe.migu.threshold = 0.5
+    run = check(recipe)
+    assert run.method.objective
+    assert run.method.wrap
+    assert "migu.threshold" in run.config
+    assert "dpo.beta" not in run.config, "only the groups in use are kept"
+    assert run.changed["migu.threshold"] == [0.7, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", 0, "config.steps=0"),
+        ("method", "ema", "has no objective"),
+        ("method", "next_token + dpo", "objective"),
+        ("expect.bits_per_char", "code:1", "code=1.30"),
+    ],
+)
+def test_what_cannot_run_is_refused(recipe, key, value, message):
+    recipe.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        check(recipe).expect.figures()
+
+
+def test_an_empty_mixture_says_what_to_add():
+    with pytest.raises(ValueError, match=r"config\.data\.add"):
+        check(defaults())
+
+
+def test_a_saved_config_builds_the_same_run(recipe):
+    recipe.method = "next_token + ema"
+    run = check(recipe)
+    again = configs.from_saved(run.config)
+    assert again.config == run.config
+    assert again.optimizer == run.optimizer
+    assert again.data == run.data
+    assert flatten(nest(run.config)) == run.config
+
+
+def test_only_what_the_curve_depends_on_must_stay():
+    old = {"seed": 0, "mesh.fsdp": 1, "log.every": 1, "workdir": "a"}
+    assert configs.differences(old, old | {"mesh.fsdp": 8, "log.every": 5, "workdir": "b"}) == []
+    assert configs.differences(old, old | {"seed": 1}) == ["seed: 0 there, 1 here"]
+
+
+def test_the_number_of_knobs_is_a_decision():
+    known = flatten(defaults().to_dict())
+    own = [k for k in known if k.split(".")[0] not in methods.METHODS]
+    assert len(own) == NUMBER_OF_KEYS, "a new key is a decision: change the number in its commit"

@@ -1,0 +1,251 @@
+"""Whole runs as users start them: to the end, interrupted, killed, sharded, started wrongly."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with two small corpora, in a path with a space, and the cache of these runs."""
+    home = tmp_path_factory.mktemp("a user's home")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(60)]
+    for kind, end in (("code", "();\n"), ("prose", ". ")):
+        for n in range(60):
+            text = end.join(" ".join(rng.choices(words, k=6)) for _ in range(12))
+            path = home / "text" / kind / f"{n}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return home
+
+
+def environment(home, **more):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
+    return keep | {
+        "JAX_PLATFORMS": "cpu",
+        "JAXLM_TEST_TEXT": str(home / "text"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        **more,
+    }
+
+
+def start(home, name, *flags, module="train", recipe="tests/tiny.py", **env):
+    command = [sys.executable, "-m", f"jaxlm.{module}"]
+    if module == "train":
+        command += [f"--config={recipe}", f"--config.workdir={home / name}"]
+    return subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment(home, **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(home, name, *flags, code=0, **options):
+    process = start(home, name, *flags, **options)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    return out
+
+
+def lines(home, name, file="metrics.jsonl"):
+    return [json.loads(line) for line in (home / name / file).read_text().splitlines()]
+
+
+def losses(home, name):
+    found = lines(home, name)
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    return [line["loss"] for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """The run that the others are held against."""
+    out = run(home, "whole", "--config.steps=200", "--config.log.every=5")
+    return out, losses(home, "whole")
+
+
+def test_a_run_leaves_what_it_promises(home, whole):
+    out, curve = whole
+    assert len(curve) == 200
+    assert curve[-1] < 0.8 * curve[0]
+    folder = home / "whole"
+    for name in (
+        "report.html",
+        "train.log",
+        "run.json",
+        "results.json",
+        "evals.jsonl",
+        "samples.jsonl",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert [e["step"] for e in lines(home, "whole", "evals.jsonl")] == [50, 100, 150, 200]
+    assert [s["step"] for s in lines(home, "whole", "samples.jsonl")] == [100, 100, 200, 200]
+    assert "[1/6]" in out
+    assert "[6/6]" in out
+    assert str(folder / "report.html") in out
+    assert "\x1b" not in out
+    log = (folder / "train.log").read_text()
+    assert all(line in log for line in out.splitlines())
+    results = json.loads((folder / "results.json").read_text())
+    for source in ("code", "prose"):
+        assert 0 < results["bits_per_char"][source] < 8
+        assert set(results["compressors"][source]) == {"gzip", "bz2", "xz", "xz primed"}
+
+
+def test_a_finished_run_says_so(home, whole):
+    before = losses(home, "whole")
+    out = run(home, "whole", "--config.steps=200", "--config.log.every=5")
+    assert "finished" in out
+    assert "--config.workdir" in out
+    assert losses(home, "whole") == before
+
+
+def test_generate_continues_a_prompt(home, whole):
+    flags = (f"--workdir={home / 'whole'}", "--prompt=no", "--tokens=8")
+    one = run(home, "", *flags, module="generate")
+    assert one.startswith("no")
+    assert len(one) > 3
+    assert run(home, "", *flags, module="generate") == one
+    assert "no work folder" in run(home, "", "--workdir=/nowhere", module="generate", code=1)
+
+
+def test_another_config_in_the_same_folder_is_refused(home, whole):
+    out = run(home, "whole", "--config.steps=300", "--config.seed=5", code=1)
+    assert "seed: 0 there, 5 here" in out
+    assert "steps: 200 there, 300 here" in out
+    assert len(out.splitlines()) < 8
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def steps_written(home, name):
+    path = home / name / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_and_interrupted_it_continues_bit_for_bit(home, whole):
+    flags = ("--config.steps=200", "--config.log.every=5")
+    process = start(home, "broken", *flags)
+    wait_for(lambda: steps_written(home, "broken") > 25, process)
+    process.kill()
+    process.communicate()
+
+    process = start(home, "broken", *flags)
+    wait_for(lambda: steps_written(home, "broken") > 70, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert "run the same command again" in out
+
+    process = start(home, "broken", *flags)
+    wait_for(lambda: steps_written(home, "broken") > 120, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+
+    out = run(home, "broken", *flags)
+    assert "continuing at step" in out
+    assert losses(home, "broken") == whole[1]
+    events = {e["kind"] for e in lines(home, "broken", "events.jsonl")}
+    assert {"start", "resume", "interrupt"} <= events
+    evals = [e["step"] for e in lines(home, "broken", "evals.jsonl")]
+    assert evals == [50, 100, 150, 200]
+
+
+def test_dpo_style_extras_survive_a_kill(home):
+    """An extra that nothing writes must come back as it was at the start, not as the params."""
+    flags = ("--config.method=next_token + ema", "--config.steps=60", "--config.log.every=5")
+    run(home, "ema", *flags)
+    process = start(home, "ema-broken", *flags)
+    wait_for(lambda: steps_written(home, "ema-broken") > 25, process)
+    process.kill()
+    process.communicate()
+    run(home, "ema-broken", *flags)
+    assert losses(home, "ema-broken") == losses(home, "ema")
+    last, broken = (lines(home, n, "evals.jsonl")[-1] for n in ("ema", "ema-broken"))
+    assert "ema/bits_per_char/code" in last
+    for key in last.keys() - {"seconds"}:
+        assert last[key] == broken[key], key
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_over_eight_devices_the_curve_is_the_same(home, optimizer):
+    flags = (f"--config.optimizer.name={optimizer}", "--config.eval.samples=")
+    run(home, f"one-{optimizer}", *flags)
+    eight = "--xla_force_host_platform_device_count=8"
+    mesh = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    run(home, f"eight-{optimizer}", *flags, *mesh, XLA_FLAGS=eight)
+    np.testing.assert_allclose(
+        losses(home, f"one-{optimizer}"), losses(home, f"eight-{optimizer}"), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.optimizer.learnig_rate=3"], "did you mean --config.optimizer.learning_rate"),
+        (["--config.learning_rate=3"], "did you mean --config.optimizer.learning_rate"),
+        (["--config.steps=many"], "steps"),
+        (["--config.batch=7", "--config.accumulate=2"], "config.batch=7"),
+        (["--config.mesh.fsdp=3"], "mesh"),
+        (["--config.method=nxt_token"], "next_token"),
+        (["--config.method=ema"], "objective"),
+        (["--config.model.heads=5"], "heads"),
+        (["--config.optimizer.name=adamm"], "adam"),
+        (["--config.optimizer.schedule=cosin"], "cosine"),
+        (["--config.data.mix.code.source=/no/such/file.jsonl"], "/no/such/file.jsonl"),
+        (["--config.data.mix.code.wieght=1"], "weight"),
+        (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
+        (["--config.init.checkpoint=/no/such/run"], "/no/such/run"),
+        (["stray"], "stray"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(home, flags, message):
+    out = run(home, "wrong", *flags, code=1)
+    assert message in out
+    assert "Traceback" not in out
+    last = [line for line in out.splitlines() if line.strip()][-1]
+    assert message in last
+
+
+def test_a_missing_recipe_is_told(home):
+    out = run(home, "wrong", recipe="configs/quickstrat.py", code=1)
+    assert "configs/quickstrat.py" in out
+    assert len(out.splitlines()) == 1
+
+
+def test_a_dry_run_writes_nothing(home):
+    out = run(home, "dry", "--dry_run")
+    assert not (home / "dry").exists()
+    for part in ("--config.optimizer.learning_rate=0.003", "embedding", "epochs", "MiB", "minutes"):
+        assert part in out, part
+
+
+def test_two_runs_in_one_folder_do_not_mix(home):
+    first = start(home, "twice", "--config.steps=5000")
+    wait_for(lambda: steps_written(home, "twice") > 2, first)
+    out = run(home, "twice", "--config.steps=5000", code=1)
+    assert "another process" in out
+    first.kill()
+    first.communicate()
