@@ -46,7 +46,7 @@ def page(folder: Folder) -> str:
         el("meta", http_equiv="Content-Security-Policy", content=policy),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{folder.path.resolve().name} · jaxlm"),
+        el("title", f"{result.name(folder)} · {folder.path.resolve().name} · jaxlm"),
         el("link", rel="icon", href="data:,"),
         el("style", Html(style)),
     ]
@@ -74,7 +74,7 @@ def _sections(folder: Folder) -> list[tuple[str, str, Html]]:
         ("compressors", "Model and compressors", "", [result.against_compressors]),
         ("learning", "Learning", "", [curves.learning]),
         ("samples", "Samples", "What the model writes after a prompt.", [examples.samples]),
-        ("surprise", "Where the bits go", ground, [examples.passages]),
+        ("bits", "Where the bits go", ground, [examples.passages]),
         ("documents", "Easy and hard documents", "", [examples.documents]),
         ("speed", "Optimisation and speed", "", [curves.running, curves.others]),
         ("time", "Where the time went", "", [cost.wall_time]),

@@ -6,7 +6,6 @@ data and the axes written on the figure.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ DOTS = 50  # curves of up to so many points show each of them
 FORMATS = {  # the script knows the same names
     "number": number,
     "short": short,
-    "bits": bits,
+    "decimals": bits,
     "percent": lambda share: percent(share, 1),
 }
 
@@ -147,9 +146,9 @@ def _curve(line: Line, x_axis: Scale, y_axis: Scale, width: int) -> list[Html]:
             else series.area(x_axis(at), y_axis(low), y_axis(high))
         )
         behind = _path(data, f"raw {line.color}" if exact else f"band {line.color}")
-        y = series.smooth(y, width)
-    x, y = series.thin(x, y)
-    data = series.path(x_axis(x), y_axis(y))
+    at = series.thin(len(x))
+    y = series.smooth(y, width, at) if line.noisy else y[at]
+    data = series.path(x_axis(x[at]), y_axis(y))
     return [behind, _path(data, f"line {line.color}", dash=line.dash, data_name=line.name)]
 
 
@@ -223,9 +222,9 @@ def _legend(lines: Sequence[Line], width: int, show) -> Html:
     entries = []
     for line in lines:
         swatch = _path("M1 5H21", f"line {line.color}", dash=line.dash)
-        y = series.smooth(line.y, width) if line.noisy else line.y
-        last = [value for value in y.tolist() if math.isfinite(value)][-1]
-        value = el("output", show(last), data_name=line.name)
+        last = np.flatnonzero(np.isfinite(line.y))[-1:]
+        mean = series.smooth(line.y, width if line.noisy else 1, last)
+        value = el("output", show(float(mean[0])), data_name=line.name)
         key = el("svg", swatch, viewBox="0 0 22 10", width=22, height=10, aria_hidden="true")
         entries.append(el("li", key, el("span", line.name), " ", value))
     return el("ul", entries, class_="legend")

@@ -18,6 +18,7 @@ PARTS = {  # part -> (colour class, kinds of events)
     "checkpoints": ("s5", ("checkpoint", "restore")),
 }
 NO_TIME = ("warning", "interrupt")
+SESSION = ("start", "resume")  # one of them opens each session
 
 
 def by_kind(folder: Folder) -> dict[str, float]:
@@ -37,7 +38,7 @@ def wall(folder: Folder) -> float | None:
         time = finite(event.get("time"))
         if time is None:
             continue
-        if event.get("kind") == "start":
+        if event.get("kind") in SESSION:
             sessions += 0.0 if math.isnan(first) else max(latest - first, 0.0)
             first = time - max(finite(event.get("seconds")) or 0.0, 0.0)
         latest = time
@@ -63,7 +64,7 @@ def wall_time(folder: Folder) -> Html:
     _add(rows, shares, "plain", "other", rest, total)
     rows.append([el("strong", "all"), duration(total), percent(1.0, 1), ""])
     head = ["part", "time", "share", "made of"]
-    starts = sum(event.get("kind") == "start" for event in folder.events)
+    starts = sum(event.get("kind") in SESSION for event in folder.events)
     note = f"{count(starts)} sessions; the time between them is not counted." if starts > 1 else ""
     return join(
         [

@@ -30,12 +30,13 @@ def learning(folder: Folder) -> Html:
     """Loss, and bits per character of each source with the compressors as horizontal lines."""
     x, name = _x(folder.metrics)
     marks = _restarts(folder)
-    train = [Line("training", x, folder.metrics["loss"], "ink", noisy=True)]
-    lines = (train if "loss" in folder.metrics else []) + _held_out(folder, "loss/")
+    lines = _held_out(folder, "loss/")
+    if "loss" in folder.metrics:
+        lines.insert(0, Line("training", x, folder.metrics["loss"], "ink", noisy=True))
     note = "Dotted verticals: the run was resumed there." if marks else ""
     unit = "nats per token; lower is better"
     charts = [
-        chart("Loss", unit, lines, marks=marks, note=note, wide=True, x_name=name),
+        chart("Loss", unit, lines, marks=marks, note=note, wide=True, x_name=name, form="decimals"),
         *(_bits_chart(folder, source) for source in result.sources(folder)),
     ]
     if not any(charts):
@@ -49,11 +50,12 @@ def _held_out(folder: Folder, prefix: str, only: str = "") -> list[Line]:
     """Curves of the evaluations, of every source or of one, with those of averaged weights."""
     x, _ = _x(folder.evals)
     lines = []
-    for start, label, dash in (("", "", ""), ("ema/", " (averaged weights)", "6 4")):
+    for start, dash in (("", ""), ("ema/", "6 4")):
         for source, y in named(folder.evals, start + prefix).items():
             if only in ("", source):
-                hue = result.color(folder, source)
-                lines.append(Line(f"held-out {source}{label}", x, y, hue, dash))
+                name = "held out" if only else f"held-out {source}"
+                name += ", averaged weights" if start else ""
+                lines.append(Line(name, x, y, result.color(folder, source), dash))
     return lines
 
 
@@ -67,7 +69,7 @@ def _bits_chart(folder: Folder, source: str) -> Html:
         _held_out(folder, "bits_per_char/", source),
         rules=rules,
         x_name=name,
-        form="bits",
+        form="decimals",
     )
 
 
@@ -180,7 +182,7 @@ def _evaluations(folder: Folder) -> Html | None:
     if not columns or not len(folder.evals["step"]):
         return None
     columns = dict(list(columns.items())[:12])
-    index, _ = thin(np.arange(len(folder.evals["step"])), folder.evals["step"], 20)
+    index = thin(len(folder.evals["step"]), 20)
     tokens = folder.evals.get("tokens")
     rows = [
         [

@@ -13,6 +13,7 @@ LONGEST = 1_500  # characters shown of a sample
 TOKENS = 900  # shown of a passage
 PROMPTS = 8
 DOCUMENTS = 5
+BREAK = el("i", "↵", class_="nl", aria_hidden="true")
 
 
 def samples(folder: Folder) -> Html:
@@ -130,13 +131,20 @@ def _passage(folder: Folder, passage: dict[str, Any]) -> Html | None:
 
 
 def _token(text: Any, cost: Any) -> Html:
-    """One token; a line break is made visible, since it costs bits as well."""
+    """One token; a line break is made visible, since it costs bits as well.
+
+    Where a token goes on after the indentation of a new line, the indentation stays bare: the
+    colour then lies on what there is to read.
+    """
     text, cost = str(text)[:200], finite(cost)
+    title = "not predicted: nothing came before it" if cost is None else f"{cost:.2f} bits"
+    hue = None if cost is None else f"b{sum(cost >= border for border in LEVELS)}"
+    if "\n" not in text:
+        return el("span", text, class_=hue, title=title)
     pieces: list[Any] = []
-    for i, piece in enumerate(text.split("\n")):
-        pieces += [el("i", "↵", class_="nl", aria_hidden="true"), "\n"] if i else []
-        pieces.append(piece)
-    if cost is None:
-        return el("span", pieces, title="not predicted: nothing came before it")
-    level = sum(cost >= border for border in LEVELS)
-    return el("span", pieces, class_=f"b{level}", title=f"{cost:.2f} bits")
+    for line in text.splitlines(keepends=True):
+        word = line.lstrip(" \t")
+        bare = line[: len(line) - len(word)] if pieces and word.strip() else ""
+        shown = [line[len(bare) :].rstrip("\n"), BREAK if line.endswith("\n") else None]
+        pieces += [bare, el("span", shown, class_=hue), "\n" if line.endswith("\n") else None]
+    return el("span", pieces, title=title)

@@ -55,14 +55,14 @@ def el(tag: str, *children: Any, **attributes: Any) -> Html:
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite float; None for anything that is not one."""
+    """The value as a float of sane size; None for anything else, such as NaN, null or text."""
     if isinstance(value, str) or value is None:
         return None
     try:
         value = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < 1e100 else None
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -129,14 +129,15 @@ def duration(seconds: Any) -> str:
 
 
 def moment(value: Any) -> str:
-    """A time, given in unix seconds or as text, to the minute in UTC."""
+    """A time, given in unix seconds or as ISO text, to the minute in UTC."""
     seconds = finite(value)
-    if seconds is None:
-        return str(value) if isinstance(value, str) and value else NONE
     try:
-        when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    except (ValueError, OverflowError, OSError):
-        return NONE
+        if seconds is not None:
+            when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+        else:
+            when = datetime.datetime.fromisoformat(value).astimezone(datetime.UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return value if isinstance(value, str) and value else NONE
     return f"{when:%Y-%m-%d %H:%M} UTC"
 
 

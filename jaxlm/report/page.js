@@ -18,7 +18,7 @@
   const formats = {
     number: plain,
     short,
-    bits: (value) => value.toFixed(3),
+    decimals: (value) => value.toFixed(3),
     percent: (value) => `${(100 * value).toFixed(1)}\u202f%`,
   };
 

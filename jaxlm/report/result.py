@@ -62,6 +62,10 @@ def planned_steps(folder: Folder) -> float | None:
     return finite(mapping(folder.run.get("config")).get("steps"))
 
 
+def name(folder: Folder) -> str:
+    return str(folder.run.get("name") or folder.path.resolve().name or "run")
+
+
 def state(folder: Folder) -> tuple[str, str]:
     """One word for the run and a sentence: Finished, Interrupted, Unfinished."""
     done = finite(folder.results.get("steps")) or last(folder.metrics, "step") or 0
@@ -76,8 +80,8 @@ def state(folder: Folder) -> tuple[str, str]:
     seen = [t for event in folder.events if (t := finite(event.get("time"))) is not None]
     when = f" Its last event is of {moment(max(seen))}." if seen else ""
     return "Unfinished", (
-        f"The run has no results yet: it is at step {count(done)}{of}, "
-        f"still going or stopped without a word.{when}"
+        f"The run has no results yet. It is at step {count(done)}{of}, "
+        f"still going or ended without a word.{when}"
     )
 
 
@@ -85,8 +89,6 @@ def header(folder: Folder) -> Html:
     """Name, state, verdict and one line of facts."""
     word, sentence = state(folder)
     verdict = [text for text in items(folder.results.get("verdict")) if isinstance(text, str)]
-    first, *rest = verdict or [sentence]
-    name = folder.path.resolve().name or "run"
     return el(
         "header",
         el(
@@ -95,15 +97,14 @@ def header(folder: Folder) -> Html:
             el("span", word, class_=f"state {word.lower()}"),
             class_="top",
         ),
-        el("h1", name),
-        el("p", first, class_="verdict"),
-        el("p", " ".join(rest), class_="more") if rest else None,
+        el("h1", name(folder)),
+        [el("p", said, class_="verdict") for said in verdict or [sentence]],
         el("p", " · ".join(_facts(folder)), class_="facts"),
     )
 
 
 def _facts(folder: Folder) -> list[str]:
-    run, facts = folder.run, []
+    run, facts = folder.run, [f"folder {folder.path.resolve().name}"]
     if finite(run.get("parameters")):
         facts.append(f"{short(run['parameters'])} parameters")
     if run.get("device"):
@@ -133,7 +134,8 @@ def tiles(folder: Folder, seconds: float | None) -> Html:
         share = f"median; {percent(peak)} of the matmul peak" if peak else "median over the steps"
         cards.append(_tile("tokens per second", short(speed), share))
     if seconds:
-        cards.append(_tile("time", duration(seconds), "from start to end, all parts"))
+        whole = "from start to end, all parts" if folder.results else "so far, all parts"
+        cards.append(_tile("time", duration(seconds), whole))
     return el("dl", cards, class_="tiles") if any(cards) else Html("")
 
 
@@ -146,12 +148,12 @@ def _source_tile(folder: Folder, name: str) -> Html | None:
     value = model_bits(folder, name)
     if value is None:
         return None
-    below = "bits per character, held out"
+    below = "bits per character" + ("" if folder.results else ", last evaluation")
     rivals = compressors(folder, name)
     if rivals:
         best = min(rivals, key=lambda name: rivals[name])
         below += f"; {_against(value, rivals[best])} than {best} ({rivals[best]:.3f})"
-    return _tile(name, bits(value), below, f"of {color(folder, name)}")
+    return _tile(f"held-out {name}", bits(value), below, f"of {color(folder, name)}")
 
 
 def _against(value: float, rival: float) -> str:

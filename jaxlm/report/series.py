@@ -87,28 +87,25 @@ def above(scale: Scale, values: np.ndarray) -> tuple[int, float]:
     return len(cut), float(cut.max()) if len(cut) else math.nan
 
 
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Moving average over `width` neighbours, fewer at the ends; only finite values count.
+def smooth(values: np.ndarray, width: int, at: np.ndarray) -> np.ndarray:
+    """At each index the mean over `width` neighbours, fewer at the ends; only finite values count.
 
     At the start the window stays symmetric and so narrows: a steep start is not flattened.
     """
-    good = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(good)])
-    at = np.arange(len(values))
-    half = np.minimum(at, width // 2)
-    start, stop = at - half, np.minimum(at + half + 1, len(values))
-    number = counts[stop] - counts[start]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(good, (sums[stop] - sums[start]) / number, np.nan)
+    means = np.full(len(at), np.nan)
+    for k, i in enumerate(at):  # a running sum would be cheaper, and lost after one huge value
+        half = min(i, width // 2)
+        near = values[i - half : i + half + 1]
+        if np.isfinite(values[i]):
+            means[k] = near[np.isfinite(near)].mean()
+    return means
 
 
-def thin(x: np.ndarray, y: np.ndarray, most: int = EXACT) -> tuple[np.ndarray, np.ndarray]:
-    """Every so many points of a curve, always with the last one."""
-    if len(x) <= most:
-        return x, y
-    index = np.unique(np.linspace(0, len(x) - 1, most).round().astype(int))
-    return x[index], y[index]
+def thin(count: int, most: int = EXACT) -> np.ndarray:
+    """Indices of all of `count` points, or of `most` of them, always with the last."""
+    if count <= most:
+        return np.arange(count)
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int))
 
 
 def envelope(x: np.ndarray, y: np.ndarray, buckets: int = BUCKETS) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from jaxlm.report import result
 from jaxlm.report.markup import (
     NONE,
     Html,
+    bits,
     count,
     el,
     finite,
@@ -16,7 +17,7 @@ from jaxlm.report.markup import (
     percent,
     short,
 )
-from jaxlm.report.read import Folder, flatten, items, mapping
+from jaxlm.report.read import Folder, flatten, mapping
 from jaxlm.report.tables import digest, facts, key, meter, table
 
 LONGEST = 400  # characters shown of one value
@@ -57,6 +58,7 @@ def _machine(folder: Folder) -> Html:
     run = folder.run
     mesh = " × ".join(f"{name} {plain(size)}" for name, size in mapping(run.get("mesh")).items())
     peak = short(run.get("peak_flops"))
+    measured = f", {run['peak_is']}" if run.get("peak_is") else ""
     return facts(
         [
             ("started", moment(run.get("started"))),
@@ -65,7 +67,7 @@ def _machine(folder: Folder) -> Html:
             ("devices", count(run.get("devices"))),
             ("mesh", mesh),
             ("model FLOPs per token", short(run.get("flops_per_token"))),
-            ("matmul peak", f"{peak[:-1]} {peak[-1]}FLOP/s" if peak != NONE else ""),
+            ("matmul peak", f"{peak[:-1]} {peak[-1]}FLOP/s{measured}" if peak != NONE else ""),
             ("Python", run.get("python")),
             *sorted((str(name), v) for name, v in mapping(run.get("versions")).items()),
         ]
@@ -73,10 +75,12 @@ def _machine(folder: Folder) -> Html:
 
 
 def _difference(folder: Folder) -> Html | None:
+    pairs = sorted(mapping(folder.run.get("config_diff")).items())
     rows = [
-        [el("code", name), plain(pair[0]), el("strong", plain(pair[1]))]
-        for name, pair in sorted(mapping(folder.run.get("config_diff")).items())
-        if isinstance(pair, list | tuple) and len(pair) == 2
+        [el("code", name), _default(pair[0]), el("strong", plain(pair[1]))]
+        for name, pair in pairs
+        # What a source of the mixture has no default for is worth a line where it says something.
+        if isinstance(pair, list | tuple) and len(pair) == 2 and (pair[1] or pair[0] is not None)
     ][:ROWS]
     if not rows and not mapping(folder.run.get("config")):
         return None
@@ -86,6 +90,10 @@ def _difference(folder: Folder) -> Html | None:
     caption = "Settings that differ from the defaults"
     drawn = table(["setting", "default", "this run"], rows, caption=caption, words=(1, 2))
     return el("section", title, drawn)
+
+
+def _default(value: Any) -> str | Html:
+    return el("span", "none", class_="quiet") if value is None else plain(value)
 
 
 def _whole_config(folder: Folder) -> Html | None:
@@ -113,15 +121,15 @@ def _parameters(folder: Folder) -> Html | None:
 
 def _expected(folder: Folder) -> Html | None:
     found = flatten(mapping(folder.run.get("expected")), mark=" ")
-    shown = facts((name.replace("_", " "), _range(value)) for name, value in found.items())
-    return el("section", el("h3", "What the recipe expects"), shown) if shown else None
-
-
-def _range(value: Any) -> str:
-    both = items(value)
-    if len(both) == 2 and all(finite(v) is not None for v in both):
-        return f"{number(both[0])} to {number(both[1])}"
-    return number(value) if finite(value) is not None else plain(value)
+    rows = [
+        [key(result.color(folder, name), name), bits(most), bits(result.model_bits(folder, name))]
+        for name, most in found.items()
+        if name in result.sources(folder)
+    ]
+    if not rows:
+        return None
+    title, head = "What the recipe expects", ["bits per character", "at most", "reached"]
+    return el("section", el("h3", title), table(head, rows, caption=title))
 
 
 def data_card(folder: Folder) -> Html:

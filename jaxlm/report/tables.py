@@ -50,7 +50,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> Html:
 
 def key(hue: str, name: Any) -> Html:
     """A name behind its colour."""
-    return el("span", el("i", class_=f"key {hue}"), name)
+    return el("span", el("i", class_=f"key {hue}"), name, class_="keyed")
 
 
 def digest(value: Any) -> Html | None:
