@@ -197,7 +197,7 @@ def docstrings(module: str) -> str:
             found.append(ast.get_docstring(node) or "")
         for field in ("handlers", "finalbody", "orelse", "body"):
             pending.extend(reversed(getattr(node, field, ()) or ()))
-    return "\n\n".join(text.strip() for text in found if text.strip()) + "\n"
+    return "".join(f"{text.strip()}\n\n" for text in found if text.strip()).removesuffix("\n")
 
 
 def _extension_docstrings() -> Iterator[Document]:

@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def throttled(progress: Progress | None, seconds: float = 0.1) -> Progress:
-    """Lets a call through when the last one is `seconds` ago, or when it says that all is done."""
-    last = 0.0
+    """Lets a call through that says something new, or when the last one is `seconds` ago."""
+    last, said = 0.0, ""
 
     def report(done: int, total: int, note: str) -> None:
-        nonlocal last
+        nonlocal last, said
         now = time.monotonic()
-        if progress and (now - last >= seconds or 0 < total <= done):
-            last = now
+        if progress and (note != said or now - last >= seconds or 0 < total <= done):
+            last, said = now, note
             progress(done, total, note)
 
     return report
@@ -39,6 +39,7 @@ class Meter:
 
     def wait(self, future: "concurrent.futures.Future[T]") -> T:
         """The future's result; meanwhile reports twice a second."""
+        self.add(0)
         while True:
             try:
                 return future.result(timeout=0.5)

@@ -118,7 +118,8 @@ def _described(length: int, source: sources.SourceSpec, found: Found) -> Prepare
 def _card(spec: DataSpec, tokens: tokenizer.Tokenizer, found: list[Found]) -> dict:
     digest = hashlib.sha256(f"{tokens.hash} {spec.length}".encode())
     for source, part in zip(spec.sources, found, strict=True):
-        digest.update(f" {source.name} {part.facts['records_hash']}".encode())
+        both = part.facts["records_hash"], part.facts["card"]["hash"]  # the second: held-out too
+        digest.update(f" {source.name} {both}".encode())
     return {
         "sources": {
             source.name: part.facts["card"]

@@ -119,11 +119,10 @@ def read_array_record(path: pathlib.Path, name: str, key: str, tally: Tally) -> 
     """One document a record: a JSON object that has `key`, or else plain UTF-8 text."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        reader = ArrayRecordReader(str(path))
-        count = reader.num_records()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no readable ArrayRecord file: {error}") from None
+    reader = ArrayRecordReader(str(path))
+    if not reader.ok():
+        raise ValueError(f"{path} is no readable ArrayRecord file; write or fetch it again.")
+    count = reader.num_records()
     for first in range(0, count, 1024):
         rows = range(first, min(first + 1024, count))
         for number, record in zip(rows, reader.read(list(rows)), strict=True):

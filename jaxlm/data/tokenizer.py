@@ -57,7 +57,7 @@ class Tokenizer:
         if not hasattr(self.backend, "encode_batch_fast"):
             return [(i, self.decode([i])) for i in self.encode(text)]
         encoding = self.backend.encode(text, add_special_tokens=False)
-        ends = [start for start, _ in encoding.offsets[1:]] + [len(text)]
+        ends = [*(start for start, _ in encoding.offsets), len(text)][1:]
         found, at = [], 0
         for i, end in zip(encoding.ids, ends, strict=True):
             found.append((i, text[at : max(at, end)]))
