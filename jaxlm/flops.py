@@ -33,7 +33,7 @@ PUBLISHED = {
 }
 
 
-def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> tuple[float, str]:
+def peak_flops(device, dtype: str = "bfloat16") -> tuple[float, str]:
     """FLOP/s that one device can reach in matrix products, and "measured" or "published".
 
     The published figures are for bfloat16; JAX's default precision computes float32 products in
@@ -50,10 +50,10 @@ def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> tuple[float, str]
 
 
 @functools.cache
-def matmul_peak(dtype: str = "float32", device: jax.Device | None = None) -> float:
+def matmul_peak(dtype: str = "float32", device=None) -> float:
     """FLOP/s of the fastest of some square matrix products on this device, in about 0.5 s."""
     device = device or jax.devices()[0]
-    best, began = 0.0, time.perf_counter()
+    best, seconds, began = 0.0, 0.0, time.perf_counter()
     for size in (1024, 2048, 4096, 8192):
         with jax.default_device(device):
             x = jnp.full((size, size), 1 / 3, dtype)

@@ -39,7 +39,7 @@ def use() -> None:
 def _huge_pages_on_request():
     """Whether the kernel gives huge pages to who asks, and this C library can ask (glibc 2.35)."""
     try:
-        library, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         new_enough = tuple(int(n) for n in version.split(".")[:2]) >= (2, 35)
         return library == "glibc" and new_enough and "[madvise]" in SETTING.read_text()
     except (OSError, ValueError, AttributeError):
@@ -54,7 +54,8 @@ def _is_plain_command(argv):
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     watched = sys.gettrace() or sys.getprofile() or {"pdb", "coverage", "pydevd"} & set(sys.modules)
-    monitored = hasattr(sys, "monitoring") and any(map(sys.monitoring.get_tool, range(6)))
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12
+    monitored = monitoring and any(map(monitoring.get_tool, range(6)))
     alone = threading.active_count() == 1 and "jax" not in sys.modules
     if spec is None or sys.flags.inspect or watched or monitored or not alone or not sys.executable:
         return False

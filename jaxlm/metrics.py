@@ -11,6 +11,7 @@ import TensorFlow.
 import contextlib
 import errno
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -110,8 +111,9 @@ class Writer:
         board = self._board()
         for record in records:
             numbers = {k: v for k, v in record.items() if k != "step" and _is_number(v)}
-            for name, value in numbers.items() if board else ():
-                board.add_scalar(name, float(value), record["step"])
+            if board:
+                for name, value in numbers.items():
+                    board.add_scalar(name, float(value), record["step"])
             if self._wandb:
                 self._wandb.log({"step": record["step"], **numbers})
 
@@ -232,7 +234,7 @@ def _start_wandb(workdir, project, config):
             f"logging to the W&B project {project!r} was asked for, but wandb is not installed: "
             'pip install "jaxlm[wandb]", or leave it away with --config.log.wandb=""'
         )
-    import wandb
+    wandb = importlib.import_module("wandb")
 
     where = str(workdir.resolve())
     run = wandb.init(

@@ -219,9 +219,10 @@ def _last_words(text, code):
 
 def _flush():
     """Flushes stdout; if its reader has gone, keeps Python from complaining about that at exit."""
+    if sys.stdout is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
