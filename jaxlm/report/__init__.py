@@ -16,6 +16,7 @@ from pathlib import Path
 from jaxlm.report import cost, curves, examples, result, setup
 from jaxlm.report.markup import Html, el, join
 from jaxlm.report.read import Folder, load
+from jaxlm.report.tables import plural
 
 PAGE = "report.html"
 WARNINGS = 30
@@ -108,7 +109,7 @@ def _warnings(folder: Folder) -> Html:
     lines = [*folder.notices, *said[:WARNINGS], *more]
     if not lines:
         return Html("")
-    title = "1 note on this run" if len(lines) == 1 else f"{len(lines)} notes on this run"
+    title = f"{plural(len(lines), 'note')} on this run"
     notes = el("ul", [el("li", line) for line in lines])
     return el("aside", el("h2", title), notes, class_="notes", aria_label="warnings")
 
@@ -119,7 +120,7 @@ def _contents(sections: list[tuple[str, str, Html]]) -> Html:
 
 
 def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
+    return resources.files("jaxlm.report").joinpath(name).read_text("utf-8")
 
 
 __all__ = ["page", "write"]

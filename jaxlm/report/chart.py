@@ -10,19 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.report import series
-from jaxlm.report.markup import Html, bits, el, number, percent, short
+from jaxlm.report import axes, series
+from jaxlm.report.axes import FORMATS, Rule, stroke
+from jaxlm.report.markup import Html, el, short
 from jaxlm.report.series import SIDE, Scale
 
-HEIGHT = 236  # pixels of the plot; labels beside it are kept apart in these
-LABEL = 17  # pixels between two labels in the margin
 DOTS = 50  # curves of up to so many points show each of them
-FORMATS = {  # the script knows the same names
-    "number": number,
-    "short": short,
-    "decimals": bits,
-    "percent": lambda share: percent(share, 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +28,6 @@ class Line:
     color: str = "ink"
     dash: str = ""
     noisy: bool = False  # draw a moving average, with the envelope of all values behind it
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A horizontal line with its label in the margin."""
-
-    name: str
-    value: float
-    dash: str = ""
 
 
 def chart(
@@ -61,7 +45,8 @@ def chart(
     form: str = "number",
 ) -> Html:
     """The figure; empty where no line has a finite value. `marks` are x positions of restarts."""
-    lines = [line for line in lines if np.isfinite(line.y).any()]
+    missing = sum(int((~np.isfinite(line.y)).sum()) for line in lines if line.noisy)
+    lines = [line for line in map(_finite, lines) if len(line.x)]
     if not lines:
         return Html("")
     x_axis = _x_axis(lines)
@@ -72,10 +57,10 @@ def chart(
     summary = f"{unit}. " + " ".join(_summary(line, x_name, show) for line in lines)
     frame = el(
         "div",
-        el("div", _y_labels(y_axis, form), class_="y", aria_hidden="true"),
+        el("div", axes.y_labels(y_axis, form), class_="y", aria_hidden="true"),
         _plot(title, summary, lines, rules, marks, x_axis, y_axis, width),
-        _margin(rules, y_axis) if rules else None,
-        el("div", _x_labels(x_axis, x_name), class_="x", aria_hidden="true"),
+        axes.margin(rules, y_axis) if rules else None,
+        el("div", axes.x_labels(x_axis, x_name), class_="x", aria_hidden="true"),
         class_="frame ruled" if rules else "frame",
     )
     return el(
@@ -83,7 +68,7 @@ def chart(
         el("figcaption", el("h3", title), el("p", unit, class_="unit")),
         _legend(lines, width, show),
         frame,
-        _notes(note, lines, y_axis, width, x_name, show),
+        _notes(note, lines, y_axis, width, missing, show),
         class_="chart wide" if wide else "chart",
         data_x=f"{x_axis.low:.9g},{x_axis.high:.9g}",
         data_y=f"{y_axis.low:.9g},{y_axis.high:.9g},{int(log)}",
@@ -92,8 +77,13 @@ def chart(
     )
 
 
+def _finite(line: Line) -> Line:
+    good = np.isfinite(line.x) & np.isfinite(line.y)
+    return dataclasses.replace(line, x=line.x[good], y=line.y[good])
+
+
 def _x_axis(lines: Sequence[Line]) -> Scale:
-    joined = np.concatenate([line.x[np.isfinite(line.x)] for line in lines])
+    joined = np.concatenate([line.x for line in lines])
     low, high = min(0.0, float(joined.min(initial=0.0))), float(joined.max(initial=1.0))
     return Scale(low, high if high > low else low + 1.0)
 
@@ -102,14 +92,13 @@ def _ceiling(lines: Sequence[Line], rules: Sequence[Rule]) -> float:
     """The highest value worth room: near the horizontal lines, where there are any."""
     if not rules:
         return max(series.usual(line.x, line.y) for line in lines)
-    ends = [float(line.y[np.isfinite(line.y)][-1]) for line in lines]
-    return max([1.15 * rule.value for rule in rules] + ends)
+    return max([1.15 * rule.value for rule in rules] + [float(line.y[-1]) for line in lines])
 
 
 def _plot(title, summary, lines, rules, marks, x_axis, y_axis, width) -> Html:
     grid = [_level(float(y_axis(tick)), "grid") for tick in y_axis.ticks()]
     levels = [_level(float(y_axis(rule.value)), "rule", dash=rule.dash) for rule in rules]
-    stops = [_path(f"M{float(x_axis(at)):.0f} 0V{SIDE}", "stop") for at in marks]
+    stops = [stroke(f"M{float(x_axis(at)):.0f} 0V{SIDE}", "stop") for at in marks]
     inside = [_curve(line, x_axis, y_axis, width) for line in lines]
     drawing = el(
         "svg",
@@ -128,102 +117,41 @@ def _plot(title, summary, lines, rules, marks, x_axis, y_axis, width) -> Html:
 
 
 def _level(position: float, kind: str, **more: str) -> Html:
-    return _path(f"M0 {SIDE - position:.0f}H{SIDE}", kind, **more)
+    return stroke(f"M0 {SIDE - position:.0f}H{SIDE}", kind, **more)
 
 
-def _path(data: str, kind: str, *, dash: str = "", **more: str) -> Html:
-    return el("path", d=data, class_=kind, stroke_dasharray=dash or None, **more)
-
-
-def _curve(line: Line, x_axis: Scale, y_axis: Scale, width: int) -> list[Html]:
+def _curve(line: Line, x_axis: Scale, y_axis: Scale, width: int) -> list[Html | None]:
     x, y, behind = line.x, line.y, None
     if line.noisy:
         at, low, high = series.envelope(x, y)
-        exact = len(at) >= np.isfinite(y).sum()
+        exact = len(at) == len(y)
         data = (
             series.path(x_axis(at), y_axis(low))
             if exact
             else series.area(x_axis(at), y_axis(low), y_axis(high))
         )
-        behind = _path(data, f"raw {line.color}" if exact else f"band {line.color}")
+        behind = stroke(data, f"raw {line.color}" if exact else f"band {line.color}")
     at = series.thin(len(x))
     y = series.smooth(y, width, at) if line.noisy else y[at]
     data = series.path(x_axis(x[at]), y_axis(y))
-    return [behind, _path(data, f"line {line.color}", dash=line.dash, data_name=line.name)]
+    return [behind, stroke(data, f"line {line.color}", dash=line.dash, data_name=line.name)]
 
 
 def _dots(line: Line, x_axis: Scale, y_axis: Scale) -> Html | None:
     """Points as strokes of no length: they stay round however the square is stretched."""
     if line.noisy or line.dash or len(line.x) > DOTS:
         return None
-    inside = np.isfinite(line.y) & (line.y <= y_axis.high) & (line.y >= y_axis.low)
+    inside = (line.y <= y_axis.high) & (line.y >= y_axis.low)
     places = zip(x_axis(line.x[inside]), y_axis(line.y[inside]), strict=True)
-    return _path("".join(f"M{a:.0f} {SIDE - b:.0f}h0" for a, b in places), f"dots {line.color}")
-
-
-def _y_labels(axis: Scale, form: str) -> list[Html]:
-    return [
-        el("span", _tick(tick, axis, form), style=f"top:{100 - axis.share(tick):.2f}%")
-        for tick in axis.ticks()
-    ]
-
-
-def _tick(value: float, axis: Scale, form: str) -> str:
-    if abs(value) < (axis.high - axis.low) * 1e-9:
-        return "0"
-    if form == "percent":
-        return percent(value, 0 if axis.high - axis.low > 0.03 else 1)
-    return short(value) if abs(value) >= 1000 else number(value, 4)
-
-
-def _x_labels(axis: Scale, name: str) -> list[Html]:
-    """Round positions; the last that has room for it carries the name of the axis."""
-    ticks = axis.ticks(5)
-    named = [tick for tick in ticks if axis.share(tick) <= 85][-1:]
-    labels = []
-    for tick in ticks:
-        text = short(tick) if tick else "0"
-        text = f"{text} {name}" if tick in named else text
-        edge = "start" if axis.share(tick) < 3 else "end" if axis.share(tick) > 95 else None
-        labels.append(el("span", text, style=f"left:{axis.share(tick):.2f}%", class_=edge))
-    return labels
-
-
-def _margin(rules: Sequence[Rule], axis: Scale) -> Html:
-    """Labels of the horizontal lines, pushed apart where lines lie close, each with a leader."""
-    rules = sorted(rules, key=lambda rule: -rule.value)
-    wanted = [HEIGHT * (1 - axis.share(rule.value) / 100) for rule in rules]
-    placed = _apart(wanted)
-    leaders = [
-        _path(f"M0 {a:.1f}L16 {b:.1f}", "leader") for a, b in zip(wanted, placed, strict=True)
-    ]
-    labels = [
-        el("span", rule.name, " ", el("b", f"{rule.value:.3f}"), style=f"top:{at:.1f}px")
-        for rule, at in zip(rules, placed, strict=True)
-    ]
-    svg = el("svg", leaders, viewBox=f"0 0 16 {HEIGHT}", width=16, height=HEIGHT)
-    return el("div", svg, labels, class_="margin", aria_hidden="true")
-
-
-def _apart(wanted: list[float]) -> list[float]:
-    """The nearest heights in pixels that are LABEL apart and inside the plot; `wanted` rises."""
-    placed: list[float] = []
-    for at in wanted:
-        placed.append(max(at, placed[-1] + LABEL) if placed else max(at, LABEL / 2))
-    limit = HEIGHT - LABEL / 2
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], limit)
-        limit = placed[i] - LABEL
-    return placed
+    return stroke("".join(f"M{a:.0f} {SIDE - b:.0f}h0" for a, b in places), f"dots {line.color}")
 
 
 def _legend(lines: Sequence[Line], width: int, show) -> Html:
     """Each curve with its last value, which the script replaces by the one under the pointer."""
     entries = []
     for line in lines:
-        swatch = _path("M1 5H21", f"line {line.color}", dash=line.dash)
-        last = np.flatnonzero(np.isfinite(line.y))[-1:]
-        mean = series.smooth(line.y, width if line.noisy else 1, last)
+        swatch = stroke("M1 5H21", f"line {line.color}", dash=line.dash)
+        mean = series.smooth(line.y, width if line.noisy else 1, np.array([len(line.y) - 1]))
         value = el("output", show(float(mean[0])), data_name=line.name)
         key = el("svg", swatch, viewBox="0 0 22 10", width=22, height=10, aria_hidden="true")
         entries.append(el("li", key, el("span", line.name), " ", value))
@@ -231,18 +159,16 @@ def _legend(lines: Sequence[Line], width: int, show) -> Html:
 
 
 def _summary(line: Line, x_name: str, show) -> str:
-    values = line.y[np.isfinite(line.y)]
     return (
-        f"{line.name}: first {show(values[0])}, last {show(values[-1])}, "
-        f"lowest {show(values.min())}, highest {show(values.max())}, "
-        f"{len(values):,} points to {short(line.x[-1])} {x_name}."
+        f"{line.name}: first {show(line.y[0])}, last {show(line.y[-1])}, "
+        f"lowest {show(line.y.min())}, highest {show(line.y.max())}, "
+        f"{len(line.y):,} points to {short(line.x[-1])} {x_name}."
     )
 
 
-def _notes(note, lines, axis, width, x_name, show) -> Html | None:
+def _notes(note, lines, axis, width, missing, show) -> Html | None:
     notes = [note] if note else []
-    noisy = [line for line in lines if line.noisy]
-    if noisy and width > 1:
+    if width > 1:
         notes.append(f"Line: mean over {width:,} steps; behind it the range of all values.")
     cut = [series.above(axis, line.y) for line in lines]
     if any(number for number, _ in cut):
@@ -250,7 +176,6 @@ def _notes(note, lines, axis, width, x_name, show) -> Html | None:
         points = sum(number for number, _ in cut)
         lie = "1 point lies" if points == 1 else f"{points:,} points lie"
         notes.append(f"{lie} above the frame, up to {show(most)}.")
-    missing = sum(int((~np.isfinite(line.y)).sum()) for line in noisy)
     if missing:
-        notes.append(f"{missing:,} steps without a finite value are left out.")
+        notes.append(f"Steps without a finite value: {missing:,}.")
     return el("p", " ".join(notes), class_="note") if notes else None

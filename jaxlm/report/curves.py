@@ -3,11 +3,12 @@
 import numpy as np
 
 from jaxlm.report import result
-from jaxlm.report.chart import Line, Rule, chart
+from jaxlm.report.axes import Rule
+from jaxlm.report.chart import Line, chart
 from jaxlm.report.markup import Html, bits, el, finite, join, short
 from jaxlm.report.read import Folder, Table, named
 from jaxlm.report.series import thin
-from jaxlm.report.tables import table
+from jaxlm.report.tables import plural, table
 
 DASHES = {"gzip": "2 4", "bz2": "7 3 2 3", "xz": "6 4", "xz primed": ""}
 DRAWN = {
@@ -193,6 +194,7 @@ def _evaluations(folder: Folder) -> Html | None:
         for i in index
     ]
     total = len(folder.evals["step"])
-    many = f"{len(rows)} of {total:,} evaluations" if total > len(rows) else f"{total} evaluations"
+    many = f"{len(rows)} of " if total > len(rows) else ""
+    many += plural(total, "evaluation")
     inner = table(["step", "tokens", *columns], rows, caption=f"{many} as numbers")
     return el("details", el("summary", f"The numbers: {many}"), inner)

@@ -62,6 +62,12 @@ def planned_steps(folder: Folder) -> float | None:
     return finite(mapping(folder.run.get("config")).get("steps"))
 
 
+def commit(run: dict[str, Any]) -> str:
+    """The start of the commit's hash, and whether the tree was changed since (written as +)."""
+    text = str(run.get("commit") or "")
+    return text.rstrip("+")[:12] + (" with changes" if text.endswith("+") else "")
+
+
 def name(folder: Folder) -> str:
     return str(folder.run.get("name") or folder.path.resolve().name or "run")
 
@@ -112,7 +118,7 @@ def _facts(folder: Folder) -> list[str]:
     if run.get("started"):
         facts.append(f"started {moment(run['started'])}")
     if run.get("commit"):
-        facts.append(f"commit {str(run['commit'])[:10]}")
+        facts.append(f"commit {commit(run)}")
     return facts
 
 

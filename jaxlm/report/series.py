@@ -126,7 +126,7 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
         if not (math.isfinite(a) and math.isfinite(b)):
             drawing = False
             continue
-        b = min(max(b, -2 * SIDE), 2 * SIDE)
+        b = min(max(b, -1000 * SIDE), 1000 * SIDE)
         parts.append(f"{'L' if drawing else 'M'}{a:.0f} {SIDE - b:.0f}")
         drawing = True
     return "".join(parts)

@@ -23,6 +23,7 @@ from jaxlm.report.tables import digest, facts, key, meter, table
 LONGEST = 400  # characters shown of one value
 ROWS = 400  # of the config's difference
 SOURCES = 100
+NARROW = 4  # up to so many sources are columns, more are rows
 
 
 def plain(value: Any) -> str:
@@ -39,9 +40,8 @@ def plain(value: Any) -> str:
 def what_was_run(folder: Folder) -> Html:
     """The exact command, where it ran, what it changes and what it builds."""
     whole = _whole_config(folder)
-    parts = [_difference(folder), _parameters(folder), _expected(folder)]
-    pair = el("div", parts, class_="pair") if any(parts) else None
-    return join([_command(folder), _machine(folder), pair, whole])
+    parts = [_difference(folder), el("div", _parameters(folder), _expected(folder))]
+    return join([_command(folder), _machine(folder), el("div", parts, class_="pair"), whole])
 
 
 def _command(folder: Folder) -> Html | None:
@@ -62,7 +62,7 @@ def _machine(folder: Folder) -> Html:
     return facts(
         [
             ("started", moment(run.get("started"))),
-            ("commit", digest(run.get("commit"))),
+            ("commit", result.commit(run)),
             ("device", run.get("device")),
             ("devices", count(run.get("devices"))),
             ("mesh", mesh),
@@ -133,22 +133,28 @@ def _expected(folder: Folder) -> Html | None:
 
 
 def data_card(folder: Folder) -> Html:
-    """The sources as rows, whatever the card says of them as columns; then the tokenizer."""
+    """Whatever the card says of each source; then the tokenizer and the rest of the card."""
     card = mapping(folder.run.get("data_card"))
-    found = {name: mapping(known) for name, known in mapping(card.get("sources")).items()}
-    columns = list(dict.fromkeys(column for known in found.values() for column in known))
-    rows = [
-        [key(result.color(folder, name), name), *(_fact(c, known.get(c)) for c in columns)]
-        for name, known in list(found.items())[:SOURCES]
-    ]
-    titles = [column.replace("_", " ") for column in columns]
-    sources = table(["source", *titles], rows, caption="Sources", wide=True) if rows else None
     more = flatten(mapping(card.get("tokenizer")), "tokenizer", " ")
-    more |= {name: v for name, v in card.items() if name not in ("sources", "tokenizer")}
-    known = [
-        (name.replace("_", " "), _fact(name, v)) for name, v in more.items() if v not in ({}, [])
-    ]
-    return join([sources, facts(known)])
+    more |= {name: value for name, value in card.items() if name not in ("sources", "tokenizer")}
+    rest = [(name.replace("_", " "), _fact(name, value)) for name, value in more.items()]
+    return join([_sources(folder, mapping(card.get("sources"))), facts(rest)])
+
+
+def _sources(folder: Folder, found: dict[str, Any]) -> Html | None:
+    """Few sources stand side by side, many below each other."""
+    known = {name: mapping(value) for name, value in list(found.items())[:SOURCES]}
+    if not known:
+        return None
+    names = [key(result.color(folder, name), name) for name in known]
+    columns = dict.fromkeys(fact for value in known.values() for fact in value)
+    cells = {fact: [_fact(fact, value.get(fact)) for value in known.values()] for fact in columns}
+    titles = [fact.replace("_", " ") for fact in columns]
+    if len(names) <= NARROW:
+        rows = [[title, *row] for title, row in zip(titles, cells.values(), strict=True)]
+        return table(["source", *names], rows, caption="Sources")
+    rows = [[name, *(row[i] for row in cells.values())] for i, name in enumerate(names)]
+    return table(["source", *titles], rows, caption="Sources", wide=True)
 
 
 def _fact(name: str, value: Any) -> Any:

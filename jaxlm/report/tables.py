@@ -53,7 +53,12 @@ def key(hue: str, name: Any) -> Html:
     return el("span", el("i", class_=f"key {hue}"), name, class_="keyed")
 
 
+def plural(number: int, noun: str) -> str:
+    """A count with its noun, which takes an s but for one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def digest(value: Any) -> Html | None:
     """The start of a hash, with all of it where one points."""
     text = str(value or "")
-    return el("code", text[:12] + ("…" if len(text) > 12 else ""), title=text) if text else None
+    return el("code", text if len(text) <= 16 else text[:12] + "…", title=text) if text else None
