@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import prepared
 
-from jaxlm.data import mix
+from jaxlm.data import mix, pack, records
 from jaxlm.data.batches import batches
 
 STAGES = (mix.Stage(0, {"a": 1.0, "b": 1.0}), mix.Stage(40, {"a": 1.0, "b": 3.0}))
@@ -127,3 +127,18 @@ def test_the_epoch_of_a_source_is_its_documents(data):
     assert len(targets) == source.tokens
     text = tokens.decode(targets[targets != tokens.eos])
     assert len(text) == source.characters
+
+
+def test_reading_from_memory_and_from_several_files_is_the_same(tmp_path, monkeypatch):
+    rows = pack.pack([list(range(3, 60))] * 5, 8, 1, 2)[0]
+    monkeypatch.setattr(records, "ROWS_PER_FILE", 7)
+    writer = records.Writer(tmp_path, np.dtype("<u2"))
+    writer.write(rows)
+    writer.close()
+    assert len(writer.names) == -(-writer.rows // 7) > 2
+    files = [tmp_path / name for name in writer.names]
+    order = np.random.default_rng(0).permutation(writer.rows).tolist()
+    in_memory = records.Reader(files).read(order)
+    monkeypatch.setattr(records, "IN_MEMORY_BYTES", 0)
+    assert records.Reader(files).read(order) == in_memory
+    assert in_memory == [pack.to_bytes(rows, np.dtype("<u2"))[row] for row in order]
