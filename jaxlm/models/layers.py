@@ -15,7 +15,7 @@ they read; what writes to the residual stream has 1/(in·2·layers), so that the
 keeps it too (GPT-2).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Context(NamedTuple):
     turns_BLK: tuple[jax.Array, jax.Array]  # cosine and sine, each [B, L, K/2] float32
 
 
-def truncated_normal(variance: float, fan: str = "fan_in"):
+def truncated_normal(variance: float, fan: Literal["fan_in", "fan_out"] = "fan_in"):
     """Initializer with that variance over the fan, cut at two standard deviations."""
     return jax.nn.initializers.variance_scaling(variance, fan, "truncated_normal")
 
@@ -133,7 +133,7 @@ class SelfAttention(nnx.Module):
         query_BLHK = query.reshape(B, L, c.heads, c.head_width)
         key_BLGK = key.reshape(B, L, c.kv_heads, c.head_width)
         value_BLGK = value.reshape(B, L, c.kv_heads, c.head_width)
-        if c.qk_norm:
+        if self.query_norm is not None and self.key_norm is not None:
             query_BLHK, key_BLGK = self.query_norm(query_BLHK), self.key_norm(key_BLGK)
         query_BLHK = turn(query_BLHK, context.turns_BLK)
         key_BLGK = turn(key_BLGK, context.turns_BLK)

@@ -172,14 +172,18 @@ def unstack_layers(params: Params) -> Params:
 
 def parameter_count_by_part(params: Any) -> dict[str, int]:
     """Parameters of the embedding, attention, mlp, norms and head, from params or their shapes."""
-    counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    parts = {  # the first of these names that a path has
+        "scale": "norms",
+        "embed": "embedding",
+        "attention": "attention",
+        "mlp": "mlp",
+        "head": "head",
+    }
+    counts = dict.fromkeys(parts.values(), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = _names(path)
-        if names[-1] == "scale":
-            part = "norms"
-        else:
-            part = next(n for n in ("embed", "attention", "mlp", "head") if n in names)
-        counts["embedding" if part == "embed" else part] += math.prod(leaf.shape)
+        part = next(part for name, part in parts.items() if name in names)
+        counts[part] += math.prod(leaf.shape)
     return counts
 
 

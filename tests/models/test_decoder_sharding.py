@@ -29,17 +29,30 @@ def test_axes_name_every_axis_of_every_param(scan, tied):
     assert ("layers" in lm.axes["blocks"].get("mlp_norm", {}).get("scale", ())) == (scan == "on")
 
 
-MESHES = {
-    "fsdp and tensor": sharding.MeshSpec(fsdp=4, tensor=2),
-    "data and sequence": sharding.MeshSpec(data=2, fsdp=2, sequence=2),
+TENSOR = sharding.MeshSpec(fsdp=4, tensor=2)
+SEQUENCE = sharding.MeshSpec(data=2, fsdp=2, sequence=2)
+LAYOUTS = {
+    "tensor": (TENSOR, "on", False),
+    "tensor-unrolled": (TENSOR, "off", False),
+    "tensor-explicit": (TENSOR, "off", True),
+    "tensor-explicit-scanned": (TENSOR, "on", True),
+    "sequence": (SEQUENCE, "off", False),
+    "sequence-explicit": (SEQUENCE, "on", True),
 }
+FAST = ("tensor", "tensor-explicit")
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize("scan", ["on", "off"])
-@pytest.mark.parametrize("spec", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    ("spec", "scan", "explicit"),
+    [
+        pytest.param(*layout, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_eight_devices_equal_one(spec, scan, explicit):
-    lm, params, _ = build(toy(scan_layers=scan, **OPTIONS))
+    # Only the plain backend lets the types say where each of its products lies.
+    backend = "xla" if explicit else "auto"
+    lm, params, _ = build(toy(scan_layers=scan, attention=backend, **OPTIONS))
     params = shaken(params)
     gradient = lambda params, batch: jax.value_and_grad(loss_of(lm), has_aux=True)(params, batch)
     expected = jax.jit(gradient)(params, rows())
