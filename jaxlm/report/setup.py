@@ -51,7 +51,9 @@ def _command(folder: Folder) -> Html | None:
     if not command:
         return None
     button = el("button", "Copy", type="button", class_="copy script-only")
-    return el("div", el("pre", el("code", command), tabindex="0"), button, class_="command")
+    # One box an argument, so that a narrow screen breaks the line between them.
+    words = join([el("span", word) for word in str(command).split(" ")], " ")
+    return el("div", el("pre", el("code", words), tabindex="0"), button, class_="command")
 
 
 def _machine(folder: Folder) -> Html:
