@@ -88,8 +88,8 @@ def skipped_too_often(run: Run, times: int, checkpoint: int | None) -> str:
     last = "none yet" if checkpoint is None else f"step {checkpoint:,}"
     return (
         f"{times} updates in a row were skipped, since the loss or a gradient was not finite, or "
-        f"the loss far above its running mean; last good checkpoint in {run.workdir}: {last}. Lower "
-        "--config.optimizer.learning_rate, or look at the data of these steps"
+        f"the loss far above its running mean; last good checkpoint in {run.workdir}: {last}. "
+        "Lower --config.optimizer.learning_rate, or look at the data of these steps"
     )
 
 
