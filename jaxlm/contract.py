@@ -47,7 +47,9 @@ class Aux(NamedTuple):
 
     weight: jax.Array  # [] tokens or pairs that the loss and every metric are summed over
     metrics: dict[str, jax.Array]  # [] each, summed over the same weight
-    taps: Any = None  # (sum of mask * |y| per output unit, sum of mask), float32, partial params tree
+    taps: Any = (
+        None  # (sum of mask * |y| per output unit, sum of mask), float32, partial params tree
+    )
 
 
 class TrainState(NamedTuple):
@@ -61,9 +63,7 @@ class TrainState(NamedTuple):
 
 
 Objective = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[jax.Array, Aux]]
-Selector = Callable[
-    [LM, Params, Extras, Batch, jax.Array], tuple[Batch, dict[str, jax.Array]]
-]
+Selector = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[Batch, dict[str, jax.Array]]]
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
@@ -112,7 +112,9 @@ def compose(*parts: Method) -> Method:
     def only(field):
         found = [getattr(part, field) for part in parts if getattr(part, field) is not None]
         if len(found) > 1:
-            raise ValueError(f"{len(found)} of the composed methods bring their own {field}; at most one may")
+            raise ValueError(
+                f"{len(found)} of the composed methods bring their own {field}; at most one may"
+            )
         return found[0] if found else None
 
     extras: dict[str, Extra] = {}

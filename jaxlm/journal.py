@@ -35,12 +35,13 @@ class Journal:
         peak_flops: float,
         learning_rates,
         minutes: float,
+        weights,
     ):
         self.console, self.writer, self.clock = console, writer, clock
         self.start, self.steps, self.every, self.minutes = start, steps, every, minutes
         self.tokens_per_step, self.chars_per_token = tokens_per_step, chars_per_token
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
-        self.learning_rates = learning_rates
+        self.learning_rates, self.weights = learning_rates, weights
         self.in_row = 0  # updates skipped in a row, as far as was fetched
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._since = self._begin = time.monotonic()
@@ -100,6 +101,7 @@ class Journal:
             "peak_fraction": self.flops_per_step / seconds / self.peak_flops,
             "skipped": int(plain.pop("skipped")),
             **plain,
+            **self.weights(step),
         }
 
     def _say(self, line):

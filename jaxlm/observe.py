@@ -144,6 +144,7 @@ class Observer:
         }
         return {
             "bits_per_char": per_char,
+            "model_per_file": per_char,  # its context resets between documents anyway
             **self._compressed,
             "context": self.context,
             "documents": self.held.documents(bits),

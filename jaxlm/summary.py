@@ -76,6 +76,20 @@ def epochs(prepared, run) -> list[str]:
     ]
 
 
+def weights(run, prepared):
+    """step -> {"weights/<source>": share of the mixture}; empty where the shares never change."""
+    if not run.data.stages:
+        return lambda step: {}
+    known = {source.name: source.weight for source in prepared.sources}
+    stages = mix.parse_stages(run.data.stages, known, run.steps * run.rows)
+
+    def of(step):
+        now = [s for s in stages if s.first_row <= (step - 1) * run.rows][-1].weights
+        return {f"weights/{name}": now.get(name, 0.0) / sum(now.values()) for name in known}
+
+    return of
+
+
 def chars_per_token(prepared) -> float:
     """Of the mixture, by the weights of its sources."""
     total = sum(s.weight for s in prepared.sources)
@@ -195,13 +209,13 @@ def verdict(run, found: dict) -> list[str]:
         value = found["bits_per_char"].get(source)
         if value is None:
             continue
-        word = "reached" if value <= most else "NOT reached"
+        word = "reached" if value <= most else "not reached"
         lines.append(
             f"{source}: {value:.3f} bits per character; at most {most:.2f} expected: {word}."
         )
         primed = found.get("compressors", {}).get(source, {}).get("xz primed")
         if primed:
-            side = "below" if value < primed else "NOT below"
+            side = "below" if value < primed else "not below"
             lines[-1] += f" That is {side} primed xz ({primed:.3f})."
     return lines
 

@@ -87,7 +87,7 @@ def _train(
         with clock("restore"):
             state, start = restore_or_start(built, prepared, checkpoints)
         writer.truncate(start)
-        writer.event("resume" if start else "start", step=start)
+        writer.event("resume" if start else "start", step=start, time=began)
         observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
@@ -116,6 +116,7 @@ def _train(
         peak_flops=peak[0] * jax.device_count(),
         learning_rates=np.asarray(jax.vmap(built.schedule)(jnp.arange(run.steps))),
         minutes=run.expect.minutes,
+        weights=summary.weights(run, prepared),
     )
     text = f"{run.steps - start:,} steps of {run.batch} × {run.data.length} tokens"
     with console.phase(4, PHASES, "train", text), Signals(console.say) as signals:
@@ -146,6 +147,7 @@ def _train(
                 save(built, prepared, checkpoints, state, observer.figures)
                 checkpoints.wait()
                 writer.event("interrupt", step=step + 1)
+                report.write(run.workdir)
                 console.say(folder.how_to_continue(run, step + 1, signal, command))
                 return EXIT[signal]
         with clock("checkpoint"):

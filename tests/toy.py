@@ -8,6 +8,7 @@ B rows, L and M positions, D width, F hidden units, V vocabulary, N layers.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.contract import LM
 
@@ -30,7 +31,7 @@ def toy(*, scan: bool = False, layers: int = 2, D: int = 16, F: int = 32, V: int
             shape = sizes[rows], sizes[columns]
             kernel = jax.random.normal(key, shape) / shape[0] ** 0.5
             block.setdefault(part, {})[name] = {"kernel": kernel}
-        block["mlp"]["up"]["bias"] = jnp.full(F, 0.1)
+        block["mlp"]["up"]["bias"] = jnp.full(F, 0.1, jnp.float32)
         return block
 
     def init(key):
@@ -94,41 +95,45 @@ def unstack(params):
 
 def batch(rows: int = 8, length: int = 12, vocabulary: int = 32, seed: int = 0, padding: int = 2):
     """Packed rows of two documents with `padding` empty positions at the end."""
-    tokens_key, border_key = jax.random.split(jax.random.key(seed))
-    words = jax.random.randint(tokens_key, (rows, length + 1), 0, vocabulary)
-    border_B = jax.random.randint(border_key, (rows,), 3, length - padding - 2)
-    place_BL = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    rng = np.random.default_rng(seed)
+    words = rng.integers(vocabulary, size=(rows, length + 1))
+    border_B1 = rng.integers(3, length - padding - 2, size=(rows, 1))
+    place_BL = np.broadcast_to(np.arange(length), (rows, length))
     real_BL = place_BL < length - padding
-    second_BL = place_BL >= border_B[:, None]
-    last_BL = (place_BL == border_B[:, None] - 1) | (place_BL == length - padding - 1)
-    return {
-        "tokens": jnp.where(real_BL, words[:, :-1], 0),
-        "targets": jnp.where(real_BL, words[:, 1:], 0),
-        "weights": (real_BL & ~last_BL).astype(jnp.float32),
-        "segments": jnp.where(real_BL, 1 + second_BL, 0),
-        "positions": place_BL - jnp.where(second_BL, border_B[:, None], 0),
-        "source": jnp.arange(rows) % 2,
-        "index": jnp.arange(rows),
-    }
+    second_BL = place_BL >= border_B1
+    last_BL = (place_BL == border_B1 - 1) | (place_BL == length - padding - 1)
+    return _arrays(
+        tokens=np.where(real_BL, words[:, :-1], 0),
+        targets=np.where(real_BL, words[:, 1:], 0),
+        weights=(real_BL & ~last_BL).astype(np.float32),
+        segments=np.where(real_BL, 1 + second_BL, 0),
+        positions=place_BL - np.where(second_BL, border_B1, 0),
+        source=np.arange(rows) % 2,
+        index=np.arange(rows),
+    )
 
 
-def pairs(number: int = 8, length: int = 12, seed: int = 0):
+def pairs(number: int = 8, length: int = 12, vocabulary: int = 32, seed: int = 0):
     """Chosen and rejected responses to one prompt, with padding behind them: [P, 2, L] each."""
     prompt, shortest = 4, 6
-    keys = jax.random.split(jax.random.key(seed), 3)
-    words = jax.random.randint(keys[0], (number, 2, length + 1), 0, 32)
-    opening = jax.random.randint(keys[1], (number, 1, prompt), 0, 32)
-    words = words.at[..., :prompt].set(opening)
-    real_P2 = jax.random.randint(keys[2], (number, 2), shortest, length + 1)
-    place_P2L = jnp.broadcast_to(jnp.arange(length), (number, 2, length))
-    real_P2L = place_P2L < real_P2[..., None]
-    return {
-        "tokens": jnp.where(real_P2L, words[..., :-1], 0),
-        "targets": jnp.where(real_P2L, words[..., 1:], 0),
-        "weights": (real_P2L & (place_P2L >= prompt - 1)).astype(jnp.float32),
-        "segments": real_P2L.astype(jnp.int32),
-        "positions": place_P2L,
-    }
+    rng = np.random.default_rng(seed)
+    words = rng.integers(vocabulary, size=(number, 2, length + 1))
+    words[..., :prompt] = words[:, :1, :prompt]
+    end_P21 = rng.integers(shortest, length + 1, size=(number, 2, 1))
+    place_P2L = np.broadcast_to(np.arange(length), (number, 2, length))
+    real_P2L = place_P2L < end_P21
+    return _arrays(
+        tokens=np.where(real_P2L, words[..., :-1], 0),
+        targets=np.where(real_P2L, words[..., 1:], 0),
+        weights=(real_P2L & (place_P2L >= prompt - 1)).astype(np.float32),
+        segments=real_P2L.astype(np.int32),
+        positions=place_P2L,
+    )
+
+
+def _arrays(**fields):
+    as_int = lambda x: x if x.dtype == np.float32 else x.astype(np.int32)
+    return {name: jnp.asarray(as_int(x)) for name, x in fields.items()}
 
 
 def _block(params, x_BLD, see_BLM, real_BL):

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite: a row without any visible key then stays free of NaN
+from jaxlm.models.attention_cpu import cpu_blocks
+from jaxlm.models.masks import MASKED, visible
 
 
 def attention(
@@ -34,6 +35,8 @@ def attention(
     `window` 0 sees the whole document. `soft_cap` c > 0 turns a score s into c·tanh(s/c), before
     the mask (Gemma 2, arXiv 2408.00118). `backend` is a name that `resolve` returned.
     """
+    if backend == "cpu_blocks" and jax.sharding.get_abstract_mesh().size > 1:
+        backend = "xla"  # several CPU devices rehearse accelerators, so they take the same path
     return BACKENDS[backend](
         query_BLHK,
         key_BMGK,
@@ -62,16 +65,7 @@ def resolve(name: str, platform: str) -> str:
 
 def usable(platform: str) -> tuple[str, ...]:
     """Names of the backends that run on a platform, the preferred one first."""
-    del platform
-    return ("xla",)
-
-
-def visible(segments_BL, positions_BL, window: int) -> jax.Array:
-    """Which key each query sees, [B, L, M] bool."""
-    same_BLM = segments_BL[:, :, None] == segments_BL[:, None, :]
-    distance_BLM = positions_BL[:, :, None] - positions_BL[:, None, :]
-    seen_BLM = same_BLM & (distance_BLM >= 0)
-    return seen_BLM & (distance_BLM < window) if window else seen_BLM
+    return ("cpu_blocks", "xla") if platform == "cpu" else ("xla",)
 
 
 def xla(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, positions_BL, window, soft_cap):
@@ -92,4 +86,4 @@ def xla(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, positions_BL, window, 
     return out_BLGRK.reshape(B, L, H, K)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla, "cpu_blocks": cpu_blocks}
