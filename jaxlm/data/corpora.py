@@ -7,12 +7,13 @@ stdlib-prose  the language reference that pydoc carries, the docstrings of each 
               the docstrings of the extension modules, and the long descriptions of a fixed list of
               packages that jaxlm itself requires (installing another one changes nothing)
 
-Held out are whole groups: a module and its docstrings go together, by the hash of the module's
-text. A group that shares more than `SHARED` of its lines with training text (a sibling that was
-written by copying) goes back to training, so what is held out is new to the model.
+Held out are whole groups, by the hash of their text: a module and its docstrings go together. A
+document of which more than `SHARED` stands in another group too (a sibling that was written by
+copying) is never held out, so that what is held out is new to the model.
 """
 
 import ast
+import collections
 import functools
 import importlib
 import importlib.metadata
@@ -24,11 +25,11 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 
-from jaxlm.data.documents import Document, Progress, Tally, content_hash, is_held_out
+from jaxlm.data.documents import Document, Progress, Tally, content_hash
 
 SHORTEST = 200  # characters; what is shorter is a fragment
 LINE = 20  # characters; shorter lines repeat everywhere and say nothing
-SHARED = 0.2  # share of a held-out document's characters in lines that training has too
+SHARED = 0.1  # share of a held-out document's characters in lines that other groups have too
 REPEATED = 0.6  # share beyond which prose repeats earlier prose and is dropped
 
 # Folders and files of the standard library that are not somebody's hand-written library code.
@@ -247,15 +248,19 @@ def without_repeats(documents: list[Document]) -> tuple[list[Document], int]:
 
 
 def held_out_groups(groups: dict[int, list[Document]], share: float) -> set[int]:
-    """The held-out groups, less those that training text would give away."""
-    held = {key for key in groups if is_held_out(key, share)}
-    known: set[str] = set()
-    for key in groups.keys() - held:
-        known.update(line for document in groups[key] for line in _lines(document.text))
-    leaking = {None}
-    while leaking:
-        leaking = {k for k in held if any(shared_with(d.text, known) > SHARED for d in groups[k])}
-        for key in leaking:
-            known.update(line for document in groups[key] for line in _lines(document.text))
-        held -= leaking
+    """The groups of the smallest hashes, `share` of all documents, without those of which another
+    group has a part: whichever side that one is on, training would give it away.
+    """
+    owners: collections.Counter[str] = collections.Counter()
+    for documents in groups.values():
+        owners.update({line for document in documents for line in _lines(document.text)})
+    common = {line for line, count in owners.items() if count > 1}
+    wanted = share * sum(map(len, groups.values()))
+    held: set[int] = set()
+    for key in sorted(groups):
+        if wanted <= 0:
+            break
+        if all(shared_with(document.text, common) <= SHARED for document in groups[key]):
+            held.add(key)
+            wanted -= len(groups[key])
     return held

@@ -1,7 +1,8 @@
 """What a source yields: documents, and the decisions that depend on one document alone.
 
 Training or held-out is decided by a hash of the text, so the same text lands on the same side in
-every source, on every machine and in every run; nothing has to be remembered or shuffled.
+every source, on every machine and in every run; nothing has to be remembered or shuffled. (The
+built-in corpora decide for whole modules, see `corpora`.)
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ holds the text. A damaged file (not a damaged row) is a `ValueError`.
 
 import gzip
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -158,7 +159,8 @@ def _builder(source: str, name: str):
     try:
         if is_tfds_folder(source):
             return tfds.builder_from_directory(pathlib.Path(source).expanduser())
-        builder = tfds.builder(source.removeprefix("tfds:"))
+        folder = os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it only when imported
+        builder = tfds.builder(source.removeprefix("tfds:"), data_dir=folder)
     except Exception as error:  # TFDS raises many kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"source {name!r}: TFDS cannot load {source!r}: {reason}") from None

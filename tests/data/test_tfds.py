@@ -1,5 +1,6 @@
 """A TFDS folder and a TFDS name, read without TensorFlow."""
 
+import pathlib
 import sys
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_a_tfds_folder(folder):
     assert sorted(read(folder)) == sorted(TEXTS)
     assert len(sources.fingerprint(SourceSpec("s", str(folder)))) == 64
     assert "tensorflow" not in sys.modules
+
+
+def test_a_tfds_name(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(pathlib.Path(folder).parents[1]))
+    assert sorted(read("tfds:tiny_text")) == sorted(TEXTS)
+    assert len(sources.fingerprint(SourceSpec("s", "tfds:tiny_text"))) == 64
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"'tiny_text/1.0.0' is not in .*tfds build tiny_text"):
+        read("tfds:tiny_text")
 
 
 def test_errors_name_what_there_is(folder):
