@@ -9,9 +9,9 @@ Params are a plain dict:
 Scanned, each leaf of `blocks` has a leading layer axis; else there is one dict per layer, named
 "0", "1", ... . The numbers are the same: `stack_layers` and `unstack_layers` go between the two.
 
-Embedding and head have variance 1/(4·width): logits then start near zero, and the loss near
-log V. That holds for a tied head too, since the blocks write with scale 1 to the
-residual stream and drown the token's own embedding.
+Embedding and head have variance 1/(4·width): logits then start with a standard deviation of 1/2,
+and the loss within 0.25 of log V. A tied head's too, since what the blocks write to the residual
+stream, with a scale near 1, drowns the token's own embedding.
 """
 
 import math
@@ -107,12 +107,7 @@ def decoder(config: DecoderConfig, platform: str) -> LM:
     def hidden(params, batch, key=None):
         del key  # nothing here is random
         ends = ends_of(_without_blocks(params))
-        context = layers.Context(
-            mask_BL=(batch["segments"] > 0).astype(jnp.float32),
-            segments_BL=batch["segments"],
-            positions_BL=batch["positions"],
-            turns_BLK=layers.rope_turns(batch["positions"], config.head_width, config.rope_theta),
-        )
+        context = _context(config, batch)
 
         def block(x_BLD, block_params):
             x_BLD, taps = block_of(block_params)(x_BLD, context)
@@ -185,6 +180,16 @@ def parameter_count_by_part(params: Any) -> dict[str, int]:
         part = next(part for name, part in parts.items() if name in names)
         counts[part] += math.prod(leaf.shape)
     return counts
+
+
+def _context(config, batch):
+    """What the blocks read of a batch."""
+    return layers.Context(
+        mask_BL=(batch["segments"] > 0).astype(jnp.float32),
+        segments_BL=batch["segments"],
+        positions_BL=batch["positions"],
+        turns_BLK=layers.rope_turns(batch["positions"], config.head_width, config.rope_theta),
+    )
 
 
 def _through(block, x, blocks, scanned):
