@@ -141,8 +141,8 @@ def test_blocks_keep_less_in_memory():
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     scores = 4 * 8 * 4 * 512 * 512
-    assert temporary_bytes("xla") > scores
-    assert temporary_bytes("cpu_blocks") < 0.5 * scores
+    assert temporary_bytes("xla") > 4 * scores  # 136 MB
+    assert temporary_bytes("cpu_blocks") < scores  # 21 MB
 
 
 def test_auto_prefers_blocks_on_a_cpu_alone():
