@@ -31,7 +31,9 @@ class Progress:
             self.doing, self.since = note, now
         if total != self.total or done < self.done or unit != self.unit:
             self.history.clear()
-        self.done, self.total, self.unit, self.fields, self.news = done, total, unit, fields, True
+        state = (done, total, unit, fields)
+        self.news |= state != (self.done, self.total, self.unit, self.fields)
+        self.done, self.total, self.unit, self.fields = state
         self.moved = True
         if not self.history or now - self.history[-1][0] >= 1:
             self.history.append((now, done))
@@ -49,7 +51,7 @@ class Progress:
         """The pieces of a progress line, the dearest first."""
         of = f"/{self.total:,}" if self.total else ""
         left = self.seconds_left()
-        parts = [f"{self.unit} {self.done:,}{of}".strip()]
+        parts = [f"{self.unit} {self.done:,}{of}".strip()] if self.done or of else []
         if left is not None and self.done < self.total:
             parts.append(f"{duration(left)} left")
         return parts + [field(k, v) for k, v in self.fields.items() if v is not None]
@@ -65,13 +67,15 @@ class Progress:
 
     def still(self, now):
         """The heartbeat of a phase without news."""
+        if now - self.since < 3 and self.doing != self.title:
+            return f"  … {self.doing}"
         return f"  … still {self.doing}, {duration(now - self.since)}"
 
     def live_line(self, width, now):
         """Spinner, bar and as many fields as fit into `width` columns."""
         self.frame += 1
         spinner = SPINNER[self.frame % len(SPINNER)]
-        if not self.moved:
+        if not self.moved or not self.done + self.total:
             return f"{spinner} {self.doing} … {duration(now - self.since)}"[: max(width, 1)]
         parts = self.parts() + self.note()
         for size in (24, 12, 0) if self.total else (0,):

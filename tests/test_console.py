@@ -151,11 +151,11 @@ def test_heartbeat_and_progress_share_one_cadence(monkeypatch, calm):
             console.progress(1, 10, loss=3.0)
             time.sleep(0.01)
         console.note("compiling")
-        while "still compiling" not in stream.getvalue() and time.monotonic() < deadline:
+        while "… compiling" not in stream.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
     lines = stream.getvalue().splitlines()
     assert "  10% · step 1/10 · loss 3.000" in lines
-    assert any(line.startswith("  … still compiling, ") for line in lines)
+    assert "  … compiling" in lines
     assert lines.count("  10% · step 1/10 · loss 3.000") <= 3
 
 
@@ -203,6 +203,20 @@ def test_time_left_follows_the_recent_rate(monkeypatch):
     assert progress.line() == "  55% · step 110/200 · 3 min 00 s left · loss nan"
     progress.move(3, 0, "scanning", "file", {})
     assert progress.line() == "  scanning · file 3"
+    assert progress.still(clock[0]) == "  … scanning"
+    assert progress.still(clock[0] + 5) == "  … still scanning, 5 s"
+
+
+def test_progress_that_stands_still_is_no_news():
+    progress = Progress("training the tokenizer")
+    progress.move(0, 0, "", "", {})
+    assert not progress.news
+    assert "training the tokenizer" in progress.live_line(80, progress.start)
+    progress.move(1, 2, "", "", {})
+    assert progress.news
+    progress.news = False
+    progress.move(1, 2, "", "", {})
+    assert not progress.news
 
 
 def test_words():
