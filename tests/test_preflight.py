@@ -73,10 +73,12 @@ def test_pip_is_followed_and_an_interrupted_installation_begun_anew(
     install.BROKEN.touch()
     (install.VENV / "left over").touch()
     made = []
-    monkeypatch.setattr(install, "make", lambda console: made.append(install.VENV.mkdir()) or True)
-    monkeypatch.setattr(install, "pip", lambda console, python, extras: install.BROKEN.exists())
+    monkeypatch.setattr(install, "make", lambda: made.append(install.VENV.mkdir()))
+    was_marked = []
+    monkeypatch.setattr(install, "pip", lambda *_: was_marked.append(install.BROKEN.exists()))
     assert install.main(["dev"]) == 0
     assert len(made) == 1
+    assert was_marked == [True]
     assert sorted(p.name for p in install.VENV.iterdir()) == ["installed", "installed-dev"]
     assert "not whole: begun anew" in capsys.readouterr().out
 
@@ -90,10 +92,17 @@ def test_a_failing_pip_is_quoted_with_the_remedies(tools, tmp_path, monkeypatch,
         '#!/bin/sh\necho "Collecting jax"\necho "ERROR: No matching distribution"\nexit 1\n'
     )
     script.chmod(0o755)
-    assert not install.pip(install.Console(), script, ["dev"])
+    monkeypatch.setattr(install, "works", lambda python: True)
+    monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(install, "BROKEN", tmp_path / "incomplete")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script.rename(tmp_path / ".venv" / "bin" / "python")
+    assert install.main(["dev"]) == 1
     out = capsys.readouterr().out
     assert "ERROR: No matching distribution" in out
+    assert out.splitlines()[-1].startswith("error: pip could not install the packages")
     assert "PIP_FIND_LINKS and PIP_NO_INDEX=1" in out
+    assert (tmp_path / "incomplete").exists()
     assert "Collecting jax" in (tmp_path / "install.log").read_text()
 
 

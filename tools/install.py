@@ -32,13 +32,15 @@ def main(extras: list[str]) -> int:
                 if VENV.exists():
                     console.say(f"  {VENV} is not whole: begun anew")
                     shutil.rmtree(VENV)
-                if not make(console):
-                    return 1
+                problem = make()
+            if problem:
+                return failed(console, problem)
         BROKEN.touch()
         what = "jaxlm and what it needs" + (f", for {', '.join(extras)}" if extras else "")
         with console.phase(2, 2, "packages", f"installing {what}"):
-            if not pip(console, python, extras):
-                return 1
+            problem = pip(console, python, extras)
+        if problem:
+            return failed(console, problem)
         BROKEN.unlink()
         done = [f"installed-{extra}" for extra in extras]
         for stamp in done if done and (VENV / "installed").exists() else ["installed", *done]:
@@ -56,17 +58,17 @@ def works(python: Path) -> bool:
         return False
 
 
-def make(console: Console) -> bool:
-    """Makes the environment."""
+def make() -> str:
+    """Makes the environment; returns what went wrong."""
     done = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
-    if done.returncode:
-        console.say((done.stdout + done.stderr).strip())
-        console.error(f"{sys.executable} could not make {VENV}; the lines above say why")
-    return not done.returncode
+    if done.returncode == 0:
+        return ""
+    said = (done.stdout + done.stderr).strip()
+    return f"{said}\n{sys.executable} could not make {VENV}; the lines above say why"
 
 
-def pip(console: Console, python: Path, extras: list[str]) -> bool:
-    """Installs the package in place; pip's many lines become one that moves."""
+def pip(console: Console, python: Path, extras: list[str]) -> str:
+    """Installs the package in place; returns what went wrong. pip's many lines become one."""
     target = ".[" + ",".join(extras) + "]" if extras else "."
     options = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     # Settings that would send the packages elsewhere than into the environment.
@@ -92,14 +94,22 @@ def pip(console: Console, python: Path, extras: list[str]) -> bool:
                 tail.append(line.rstrip())
             found = follow(console, line.strip(), found)
     if process.returncode == 0:
-        return True
-    console.say("\n".join(tail))
-    console.error(
-        f"pip could not install the packages; the lines above say why, and {LOG} has all. Behind a "
-        "proxy set https_proxy; for an index or wheels of your own set PIP_INDEX_URL, or "
-        "PIP_FIND_LINKS and PIP_NO_INDEX=1. Then run the same command again"
+        return ""
+    said = "\n".join(tail)
+    return (
+        f"{said}\npip could not install the packages; the lines above say why, and {LOG} has all. "
+        "Behind a proxy set https_proxy; for an index or wheels of your own set PIP_INDEX_URL, or "
+        "PIP_FIND_LINKS and PIP_NO_INDEX=1 (with a wheel of setuptools among them). Then run the "
+        "same command again"
     )
-    return False
+
+
+def failed(console: Console, problem: str) -> int:
+    """Prints what was said on the way, and the problem last."""
+    *said, last = problem.split("\n")
+    console.say("\n".join(said))
+    console.error(last)
+    return 1
 
 
 def follow(console: Console, line: str, found: int) -> int:
