@@ -34,7 +34,7 @@ def timed(work):
 
 def bench_prepare(lengths: list[int], folder: str) -> dict[int, Prepared]:
     """Cold for each length; the first also trains the tokenizer and reads the library."""
-    prepared = {}
+    prepared, spec = {}, DataSpec(SOURCES)
     print(f"\n{'preparing, length':26}{'seconds':>9}{'tokens/s':>12}{'MB text/s':>11}{'cores':>7}")
     for length in lengths:
         spec = DataSpec(SOURCES, length=length)

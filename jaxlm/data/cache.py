@@ -79,7 +79,11 @@ def file_hash(path: pathlib.Path) -> str:
 
 
 def _write_manifest(folder: pathlib.Path, facts: dict) -> None:
-    files = {p.name: (p.stat().st_size, file_hash(p)) for p in sorted(folder.iterdir())}
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = {
+        name: (size, file_hash(folder / name) if size <= CHECKED_BYTES else "")
+        for name, size in sizes.items()
+    }
     (folder / MANIFEST).write_text(json.dumps({"files": files, "facts": facts}, indent=1))
 
 

@@ -179,7 +179,7 @@ def _topics() -> Iterator[Document]:
 
 def _descriptions() -> Iterator[Document]:
     for package in _packages():
-        body = package.metadata.get_payload() or package.metadata.get("Description") or ""
+        body = package.metadata.json.get("description", "")
         yield Document(f"packages/{package.name}", str(body).replace("\r\n", "\n").strip() + "\n")
 
 

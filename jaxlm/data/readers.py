@@ -189,7 +189,7 @@ def tfds_rows(source: str, name: str, split: str, key: str, tally: Tally) -> Ite
             f"{list(builder.info.splits)}"
         )
     try:
-        rows = builder.as_data_source(split=split)
+        rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     except NotImplementedError as error:
         raise ValueError(
             f"source {name!r}: {source} cannot be read by row ({error}); prepare it again with "

@@ -29,7 +29,7 @@ class Writer:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         for record in pack.to_bytes(rows, self.dtype):
-            if self.rows % ROWS_PER_FILE == 0:
+            if self._file is None or self.rows % ROWS_PER_FILE == 0:
                 self.close()
                 self.names.append(f"{len(self.names):05}.array_record")
                 path = str(self._folder / self.names[-1])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ LONGEST = 2**20  # characters encoded in one piece; a longer text is cut at line
 class Tokenizer:
     """`backend` is a `tokenizers.Tokenizer`, or a transformers one that has no such file."""
 
-    backend: object
+    backend: Any
     name: str  # "bpe", "byte", or the folder
     bos: int
     eos: int
@@ -189,12 +190,12 @@ def _load_with_transformers(folder: pathlib.Path, name: str) -> Tokenizer:
 
 def _described(backend, name, special, vocabulary_size, content) -> Tokenizer:
     """Fills in bos from eos and the other way round: many models have only one."""
-    bos, eos = special["bos_token"], special["eos_token"]
-    if bos is None and eos is None:
+    found = [i for i in (special["bos_token"], special["eos_token"]) if i is not None]
+    if not found:
         raise ValueError(
             f"the tokenizer {name} names neither a bos nor an eos token, and documents need one "
             f"between them; add eos_token to its tokenizer_config.json."
         )
-    bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
+    bos, eos = found[0], found[-1]
     digest = hashlib.sha256(content + repr((bos, eos)).encode()).hexdigest()
     return Tokenizer(backend, name, bos, eos, vocabulary_size, digest)

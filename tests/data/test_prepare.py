@@ -5,6 +5,8 @@ import fcntl
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -248,3 +250,10 @@ def test_the_trained_tokenizer_never_saw_held_out_text(tmp_path):
     assert held
     found = [prepare(spec, tmp_path / "cache").tokenizer.hash for spec in (whole, without)]
     assert found[0] == found[1]
+
+
+def test_preparing_imports_nothing_slow():
+    """Data is prepared before the accelerator is touched; Grain imports jax, transformers is slow."""
+    code = "import sys, jaxlm.data.prepare; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "grain", "transformers", "tensorflow_datasets"} & set(found.stdout.split())
