@@ -8,12 +8,11 @@ stdlib-prose  the language reference that pydoc carries, the docstrings of each 
               packages that jaxlm itself requires (installing another one changes nothing)
 
 Held out are whole groups, by the hash of their text: a module and its docstrings go together. A
-document of which more than `SHARED` stands in another group too (a sibling that was written by
-copying) is never held out, so that what is held out is new to the model.
+document that another group has a part of (a sibling that was written by copying) is never held out,
+so that what is held out is new to the model (`repeats`).
 """
 
 import ast
-import collections
 import functools
 import importlib
 import importlib.metadata
@@ -26,11 +25,9 @@ import warnings
 from collections.abc import Iterator
 
 from jaxlm.data.documents import Document, Progress, Tally, content_hash
+from jaxlm.data.repeats import held_out_groups, without_repeats
 
 SHORTEST = 200  # characters; what is shorter is a fragment
-LINE = 20  # characters; shorter lines repeat everywhere and say nothing
-SHARED = 0.1  # share of a held-out document's characters in lines that other groups have too
-REPEATED = 0.6  # share beyond which prose repeats earlier prose and is dropped
 
 # Folders and files of the standard library that are not somebody's hand-written library code.
 _NOT_LIBRARY = frozenset(
@@ -221,46 +218,3 @@ def _documented(thing, depth: int = 0) -> Iterator[str]:
                 callable(member) or inspect.isgetsetdescriptor(member)
             ):
                 yield from _documented(member, depth + 1)
-
-
-def _lines(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        stripped = line.strip()
-        if len(stripped) >= LINE:
-            yield stripped
-
-
-def shared_with(text: str, known: set[str]) -> float:
-    """Share of the characters of a text's longer lines that stand in lines of `known`."""
-    lines = list(_lines(text))
-    return sum(len(x) for x in lines if x in known) / max(1, sum(map(len, lines)))
-
-
-def without_repeats(documents: list[Document]) -> tuple[list[Document], int]:
-    """Drops a document most of which earlier ones already said; how many were dropped."""
-    known: set[str] = set()
-    kept = []
-    for document in documents:
-        if shared_with(document.text, known) <= REPEATED:
-            kept.append(document)
-            known.update(_lines(document.text))
-    return kept, len(documents) - len(kept)
-
-
-def held_out_groups(groups: dict[int, list[Document]], share: float) -> set[int]:
-    """The groups of the smallest hashes, `share` of all documents, without those of which another
-    group has a part: whichever side that one is on, training would give it away.
-    """
-    owners: collections.Counter[str] = collections.Counter()
-    for documents in groups.values():
-        owners.update({line for document in documents for line in _lines(document.text)})
-    common = {line for line, count in owners.items() if count > 1}
-    wanted = share * sum(map(len, groups.values()))
-    held: set[int] = set()
-    for key in sorted(groups):
-        if wanted <= 0:
-            break
-        if all(shared_with(document.text, common) <= SHARED for document in groups[key]):
-            held.add(key)
-            wanted -= len(groups[key])
-    return held

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jaxlm.data import corpora
+from jaxlm.data import corpora, repeats
 from jaxlm.data.documents import Document, content_hash, is_held_out
 
 SHARE = 0.045
@@ -104,19 +104,19 @@ def test_copied_siblings_are_never_held_out():
     copy = Document("b.py", original.text + "# and a last line of its own\n")
     others = [Document(f"{i}.py", f"something else altogether {i}\n" * 5) for i in range(40)]
     groups = {content_hash(d.text): [d] for d in (original, copy, *others)}
-    held = corpora.held_out_groups(groups, 0.9)
+    held = repeats.held_out_groups(groups, 0.9)
     names = {groups[key][0].name for key in held}
     assert names <= {document.name for document in others}
     assert len(names) == 38  # 0.9 of 42
-    assert corpora.held_out_groups(groups, 0.0) == set()
+    assert repeats.held_out_groups(groups, 0.0) == set()
     smallest = sorted(key for key in groups if groups[key][0].name not in ("a.py", "b.py"))
-    assert corpora.held_out_groups(groups, 0.1) == set(smallest[:5])
+    assert repeats.held_out_groups(groups, 0.1) == set(smallest[:5])
 
 
 def test_repeated_prose_is_dropped():
     long = "".join(f"sentence number {i} of a long text\n" for i in range(30))
     part = "".join(f"sentence number {i} of a long text\n" for i in range(10, 20))
-    kept, dropped = corpora.without_repeats(
+    kept, dropped = repeats.without_repeats(
         [
             Document("long", long),
             Document("part", part),

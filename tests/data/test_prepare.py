@@ -253,7 +253,7 @@ def test_the_trained_tokenizer_never_saw_held_out_text(tmp_path):
 
 
 def test_preparing_imports_nothing_slow():
-    """Data is prepared before the accelerator is touched; Grain imports jax, transformers is slow."""
+    """Data is prepared first of all; Grain would import jax, and transformers takes seconds."""
     code = "import sys, jaxlm.data.prepare; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "grain", "transformers", "tensorflow_datasets"} & set(found.stdout.split())
