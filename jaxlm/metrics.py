@@ -16,6 +16,8 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import struct
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,25 +51,25 @@ class Writer:
     def steps(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Optimizer steps, one object each. Call before the checkpoint that follows them."""
         records = list(records)
-        self._append(STEPS, records)
+        self._write(STEPS, records)
         self._scalars(records)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation."""
-        self._append(EVALS, [record])
+        self._write(EVALS, [record])
         self._scalars([{_under("eval", k): v for k, v in record.items()}])
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """One sample: step, fraction, source, prompt, text."""
-        self._append(SAMPLES, [record])
+        self._write(SAMPLES, [record])
         if board := self._board():
             text = f"**{record.get('prompt', '')}**{record.get('text', '')}"
-            board.add_text(f"sample/{record.get('source', '')}", text, record.get("step"))
+            board.text(record.get("step", 0), f"sample/{record.get('source', '')}", text)
 
     def event(self, kind: str, seconds: float = 0.0, step: int = 0, **more: Any) -> None:
         """A kind of wall time, or something that happened."""
         record = {"kind": kind, "step": step, "seconds": seconds, "time": time.time(), **more}
-        self._append(EVENTS, [record])
+        self._write(EVENTS, [record])
 
     def truncate(self, step: int) -> None:
         """On resume: drops steps, evaluations and samples beyond `step`, and half-written lines.
@@ -82,40 +84,82 @@ class Writer:
         _keep(self.workdir / EVENTS, lambda record: True)
 
     def flush(self) -> None:
-        """Hands everything to the operating system."""
-        if self._tensorboard:
-            self._tensorboard.flush()
+        """Waits until the disk has the records; a crash of this process alone loses none anyway."""
+        for name in (STEPS, EVALS, SAMPLES, EVENTS):
+            if not self.quiet and (self.workdir / name).exists():
+                with open(self.workdir / name, "ab") as file:
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard and W&B."""
-        if self._tensorboard:
-            self._tensorboard.close()
+        """Ends the run at W&B; the files are complete at any time."""
         if self._wandb:
             self._wandb.finish()
-        self._tensorboard = self._wandb = None
+        self._wandb = None
 
-    def _append(self, name, records):
+    def _write(self, name, records):
         if not self.quiet:
             append(self.workdir / name, records)
 
     def _board(self):
         if self._wants_tensorboard and not self._tensorboard:
-            from tensorboardX import SummaryWriter  # takes a while; not needed by every tool
-
-            self._tensorboard = SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=self._purge
-            )
+            self._tensorboard = Board(self.workdir / "tensorboard", self._purge)
         return self._tensorboard
 
     def _scalars(self, records):
-        board = self._board()
+        if board := self._board():
+            board.scalars(records)
+        for record in records if self._wandb else ():
+            self._wandb.log({k: v for k, v in record.items() if _is_number(v)})
+
+
+class Board:
+    """An event file of TensorBoard. `purge`: the step from which on earlier files are void.
+
+    Written like the JSON lines: tensorboardX's own writer puts events into the queue of a thread,
+    which dies of a full disk, and then the training waits for room in the queue for ever.
+    """
+
+    def __init__(self, folder: Path, purge: int | None = None):
+        import tensorboardX.record_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._crc = tensorboardX.record_writer.masked_crc32c
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self.path = (
+            folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        )
+        self._write([{"file_version": "brain.Event:2"}])
+        if purge is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write([{"step": purge, "session_log": start}])
+
+    def scalars(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """The numbers of each record at its step, under their names."""
+        value = self._summary.Value
+        events = []
         for record in records:
-            numbers = {k: v for k, v in record.items() if k != "step" and _is_number(v)}
-            if board:
-                for name, value in numbers.items():
-                    board.add_scalar(name, float(value), record["step"])
-            if self._wandb:
-                self._wandb.log({"step": record["step"], **numbers})
+            numbers = {k: float(v) for k, v in record.items() if k != "step" and _is_number(v)}
+            values = [value(tag=name, simple_value=number) for name, number in numbers.items()]
+            events.append({"step": int(record["step"]), "summary": self._summary(value=values)})
+        self._write(events)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """A text in Markdown."""
+        from tensorboardX.summary import text as summary
+
+        printable = text.encode("utf-8", "replace").decode()
+        self._write([{"step": int(step), "summary": summary(tag, printable)}])
+
+    def _write(self, events):
+        """Each event as a record: length, its checksum, content, its checksum."""
+        data = b""
+        for event in events:
+            content = self._event(wall_time=time.time(), **event).SerializeToString()
+            length = struct.pack("<Q", len(content))
+            data += length + struct.pack("<I", self._crc(length))
+            data += content + struct.pack("<I", self._crc(content))
+        _append(self.path, data)
 
 
 class Clock:
@@ -149,7 +193,11 @@ class Clock:
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends records as JSON lines, all or none of them."""
-    data = "".join(json.dumps(_plain(r), allow_nan=False) + "\n" for r in records).encode()
+    lines = (json.dumps(_plain(r), allow_nan=False) + "\n" for r in records)
+    _append(path, "".join(lines).encode())
+
+
+def _append(path, data):
     try:
         with open(path, "ab", buffering=0) as file:
             size = file.tell()

@@ -5,12 +5,15 @@ import errno
 import importlib.util
 import json
 import os
+import resource
+import signal
+import struct
 
 import numpy as np
 import pytest
 
 from jaxlm import metrics
-from jaxlm.metrics import Clock, Writer, append, read
+from jaxlm.metrics import Board, Clock, Writer, append, read
 
 
 def records(path):
@@ -68,26 +71,36 @@ def test_truncate_that_fails_leaves_the_file(tmp_path, monkeypatch):
     assert [r["step"] for r in records(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_full_disk_leaves_only_whole_lines(tmp_path):
-    """A file-size limit makes the kernel cut a write short, as a full disk does."""
-    import resource
-    import signal
+@pytest.fixture
+def small_files():
+    """Sets a limit to the size of files: it cuts writes short as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
 
+
+def test_full_disk_leaves_only_whole_lines(tmp_path, small_files):
     path = tmp_path / "metrics.jsonl"
     append(path, [{"step": 1, "loss": 2.0}])
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl: .*run the same command"):
-            append(path, [{"step": 2, "loss": 2.0}])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    small_files(len(before) + 10)
+    with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl: .*run the same command"):
+        append(path, [{"step": 2, "loss": 2.0}])
+    small_files(2**20)
     assert path.read_bytes() == before
     append(path, [{"step": 2, "loss": 1.0}])
     assert [r["step"] for r in records(path)] == [1, 2]
+
+
+def test_full_disk_stops_tensorboard_with_a_sentence(tmp_path, small_files):
+    board = Board(tmp_path / "tensorboard")
+    before = board.path.read_bytes()
+    small_files(1000)
+    with pytest.raises(OSError, match=r"cannot write .*tfevents.*run the same command"):
+        board.scalars({"step": step, "loss": 1.0} for step in range(1000))
+    assert board.path.read_bytes() == before
 
 
 def test_read_skips_what_a_crash_cut_off(tmp_path):
@@ -106,17 +119,36 @@ def test_quiet_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def events(path):
+    """What TensorBoard reads from an event file; checks the checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        content, rest = data[12 : 12 + length], data[12 + length :]
+        assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
+        assert struct.unpack("<I", rest[:4]) == (masked_crc32c(content),)
+        data = rest[4:]
+        yield Event.FromString(content)
+
+
 def test_tensorboard_files_hold_the_scalars(tmp_path):
     writer = Writer(tmp_path)
-    writer.steps([{"step": 1, "loss": 2.0, "norm/grads": None, "note": "text"}])
-    writer.evaluation({"step": 1, "bits_per_char/code": 1.5})
-    writer.sample({"step": 1, "source": "code", "prompt": "def", "text": " f(x):"})
-    writer.flush()
+    writer.truncate(4)
+    writer.steps([{"step": 5, "loss": np.float32(2.5), "norm/grads": None, "note": "text"}])
+    writer.evaluation({"step": 5, "bits_per_char/code": 1.5})
+    writer.sample({"step": 5, "source": "code", "prompt": "def", "text": " f(x):\udc80"})
     writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content = file.read_bytes()
-    assert all(name in content for name in (b"loss", b"eval/bits_per_char/code", b"sample/code"))
-    assert b"note" not in content
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    version, purge, step, evaluation, sample = events(file)
+    assert version.file_version == "brain.Event:2"
+    assert (purge.step, purge.session_log.status) == (5, 1)  # START: later steps are void
+    assert [(v.tag, v.simple_value) for v in step.summary.value] == [("loss", 2.5)]
+    assert [v.tag for v in evaluation.summary.value] == ["eval/bits_per_char/code"]
+    assert sample.summary.value[0].tag == "sample/code/text_summary"
+    assert {e.step for e in (step, evaluation, sample)} == {5}
 
 
 def test_wandb_that_is_missing_is_refused_with_the_remedy(tmp_path, monkeypatch):
