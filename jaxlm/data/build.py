@@ -1,6 +1,6 @@
 """The two things that are built once: the tokenizer, and the packed records of a source.
 
-Text streams through in chunks of a megabyte, so a source may be larger than memory. The tokenizer
+Text streams through in chunks of a few megabytes, so a source may be larger than memory. The tokenizer
 encodes the next chunk on all cores, in threads of its own (forking a process would be unsafe next
 to JAX), while this thread packs and writes the one before.
 """
@@ -8,6 +8,7 @@ to JAX), while this thread packs and writes the one before.
 import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from jaxlm.data import meter, pack, records, sources, tokenizer
 from jaxlm.data.documents import Document, Progress, Tally, distinct, is_held_out
 from jaxlm.data.spec import DataSpec
 
-CHUNK = 2**20  # characters tokenized at a time
+CHUNK = 2**18 * max(4, os.cpu_count() or 1)  # characters tokenized at a time, many texts a core
 TRAIN_TOKENIZER_ON = 2**25  # characters in all, an equal share from each source
 HELD_OUT_LIMIT = 2**24  # characters of a source kept for evaluation; the rest is only left out
 
