@@ -1,8 +1,8 @@
 """The two things that are built once: the tokenizer, and the packed records of a source.
 
-Text streams through in chunks of a few megabytes, so a source may be larger than memory. The tokenizer
-encodes the next chunk on all cores, in threads of its own (forking a process would be unsafe next
-to JAX), while this thread packs and writes the one before.
+Text streams through in chunks of a few megabytes, so a source may be larger than memory. The
+tokenizer encodes the next chunk on all cores, in threads of its own (forking a process would be
+unsafe next to JAX), while this thread packs and writes the one before.
 """
 
 import concurrent.futures
