@@ -4,13 +4,13 @@ import collections
 import math
 import time
 
-from jaxlm.terminal import SPINNER, count, duration
+from jaxlm.terminal import SPINNER, clock, count, duration
 
 RATE_WINDOW = 60.0  # seconds of progress that the time left is estimated from
 FIELDS = {
     "loss": "loss {:.3f}",
     "bits_per_char": "{:.3f} bits/char",
-    "tokens_per_second": "{} tokens/s",
+    "tokens_per_second": "{} tok/s",
     "peak_fraction": "{:.0%} of peak",
 }
 
@@ -47,19 +47,19 @@ class Progress:
             return None
         return (self.total - self.done) * (now - then) / (done - before)
 
-    def parts(self):
+    def parts(self, unit):
         """The pieces of a progress line, the dearest first."""
         of = f"/{self.total:,}" if self.total else ""
         left = self.seconds_left()
-        parts = [f"{self.unit} {self.done:,}{of}".strip()] if self.done or of else []
+        parts = [f"{unit} {self.done:,}{of}".strip()] if self.done or of else []
         if left is not None and self.done < self.total:
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{clock(left)} left")
         return parts + [field(k, v) for k, v in self.fields.items() if v is not None]
 
     def line(self):
         """The plain progress line."""
         percent = [f"{self.done / self.total:.0%}"] if self.total else []
-        return "  " + " · ".join([*self.note(), *percent, *self.parts()])
+        return "  " + " · ".join([*self.note(), *percent, *self.parts(self.unit)])
 
     def note(self):
         """What the phase is doing, where that is not its title, as a list of 0 or 1."""
@@ -77,14 +77,15 @@ class Progress:
         spinner = SPINNER[self.frame % len(SPINNER)]
         if not self.moved or not self.done + self.total:
             return f"{spinner} {self.doing} … {duration(now - self.since)}"[: max(width, 1)]
-        parts = self.parts() + self.note()
-        for size in (24, 12, 0) if self.total else (0,):
+        parts = self.parts(self.unit) + self.note()
+        for size in (24, 12, 6, 0) if self.total else (0,):
             head = spinner + (f" {bar(self.done / self.total, size)}" if size else "")
             if len(line := f"{head} {' · '.join(parts)}") <= width:
                 return line
-        while len(parts) > 1 and len(f"{spinner} {' · '.join(parts)}") > width:
+        parts = self.parts("") + self.note()  # all that a run says fits into 79 columns this way
+        while len(line := f"{spinner} {'  '.join(parts)}") > width and len(parts) > 1:
             parts.pop()
-        return f"{spinner} {' · '.join(parts)}"[: max(width, 1)]
+        return line[: max(width, 1)]
 
 
 def field(name, value):

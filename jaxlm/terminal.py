@@ -28,6 +28,13 @@ def duration(seconds: float, fine: bool = False) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def clock(seconds: float) -> str:
+    """`0:08`, `2:05`, `3:10:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def count(number: float) -> str:
     """`950`, `9.1k`, `128k`, `1.3M`."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
