@@ -7,11 +7,11 @@ by name (`jaxlm.optim.named`). The leading "layers" axis of stacked parameters i
 each of them, so that a run does not depend on `scan_layers`. Moments and Newton–Schulz are in
 float32 whatever the parameters are in.
 
-Muon (https://kellerjordan.github.io/posts/muon, `optax.contrib`) updates have singular values near
-1. They are scaled by 0.2·sqrt(max(in, out)) as in Moonlight (https://arxiv.org/abs/2502.16982), so
-that the root mean square of every update is about AdamW's 0.2: one learning rate and one weight
-decay serve both, and AdamW's carry over. To come from recipes that scale by sqrt(max(1, out/in)):
-a rate r there on a square kernel of width d is r / (0.2·sqrt(d)) here (0.02 at width 128: 0.009).
+Muon's updates (`jaxlm.optim.muon`) have singular values near 1. They are scaled by
+0.2·sqrt(max(in, out)) as in Moonlight (https://arxiv.org/abs/2502.16982), so that the root mean
+square of every update is about AdamW's 0.2: one learning rate and one weight decay serve both, and
+AdamW's carry over. To come from recipes that scale by sqrt(max(1, out/in)): a rate r there on a
+square kernel of width d is r / (0.2·sqrt(d)) here (0.02 at width 128 becomes 0.009).
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.optim import named, rules, schedules
+from jaxlm.optim.muon import scale_by_muon
 
 MUON_RMS = 0.2  # of an AdamW update, as measured by Moonlight's authors
 
@@ -137,23 +137,13 @@ def _adam(spec):
 
 
 def _muon(spec, axes):
-    labels = jax.tree.map(
-        lambda names: "muon" if is_matrix(names) else "adam", axes, is_leaf=rules.is_names
-    )
+    """Muon for matrices, Adam for all else."""
+    of_axes = lambda fn: jax.tree.map(fn, axes, is_leaf=rules.is_names)
+    labels = of_axes(lambda names: "muon" if is_matrix(names) else "adam")
     if "muon" not in jax.tree.leaves(labels):
         raise ValueError("optimizer muon finds no matrix to update in this model; use adamw.")
-
-    # Every axis but the last two is a batch axis; without being told, Muon would take only
-    # parameters of exactly two axes.
-    def dimensions(tree):
-        return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
-
-    muon = scale_by_muon(
-        beta=spec.momentum,
-        eps=spec.eps,
-        mu_dtype=spec.moment_dtype or None,
-        weight_dimension_numbers=dimensions,
-    )
+    layouts = of_axes(lambda names: names[-2:] if is_matrix(names) else optax.MaskedNode())
+    muon = scale_by_muon(spec.momentum, spec.eps, layouts, spec.moment_dtype or None)
     return optax.partition(
         {"muon": optax.chain(muon, _consistent_rms()), "adam": _adam(spec)}, labels
     )
