@@ -131,6 +131,11 @@ class Checkpoints:
         """The last of `steps()`; None if there is none."""
         return max(self.steps(), default=None)
 
+    def completed(self) -> list[int]:
+        """The steps whose checkpoints were once written to their end, damaged since or not."""
+        there = _numbered(self.directory)
+        return [s for s in there if any((self.directory / str(s)).glob(f"{digests.PREFIX}*.json"))]
+
     def about(self, step: int) -> dict[str, Any]:
         """What `save` was given as `about`."""
         return storage.read(self.directory / str(step)).about

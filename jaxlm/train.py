@@ -203,6 +203,11 @@ def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints)
     """
     latest = checkpoints.latest()
     frozen = set(built.run.method.extras) - written_extras(built.run.method)
+    if latest is None and (lost := checkpoints.completed()):
+        raise ValueError(
+            f"none of the checkpoints in {checkpoints.directory} can be used (steps {lost}; the "
+            "reasons are above); put back a copy of one, or delete the work folder to train anew"
+        )
     if latest is None:
         state = built.first_state()
         for name in sorted(frozen):

@@ -173,6 +173,37 @@ def test_killed_and_interrupted_it_continues_bit_for_bit(home, whole):
     assert evals == [50, 100, 150, 200]
 
 
+def test_damaged_checkpoints_are_skipped_and_never_silently_started_over(home):
+    flags = ("--config.steps=60", "--config.log.every=5")
+    process = start(home, "damaged", *flags)
+    wait_for(lambda: steps_written(home, "damaged") > 45, process)
+    process.kill()
+    process.communicate()
+    log = home / "damaged" / "train.log"
+
+    def finished():
+        folders = (home / "damaged" / "checkpoints").glob("*/digest-*.json")
+        return sorted({path.parent for path in folders}, key=lambda p: int(p.name))
+
+    def damage(folder):
+        for path in folder.rglob("d/*"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2 : len(data) // 2 + 64] = os.urandom(64)
+            path.write_bytes(data)
+
+    last = finished()[-1]
+    damage(last)
+    process = start(home, "damaged", *flags)
+    wait_for(lambda: "continuing at step" in log.read_text(), process)
+    process.kill()
+    process.communicate()
+    assert f"Checkpoint {last.name} is skipped" in log.read_text()
+    for folder in finished():
+        damage(folder)
+    out = run(home, "damaged", *flags, code=1)
+    assert "none of the checkpoints" in out
+
+
 def test_dpo_style_extras_survive_a_kill(home):
     """An extra that nothing writes must come back as it was at the start, not as the params."""
     flags = ("--config.method=next_token + ema", "--config.steps=60", "--config.log.every=5")
