@@ -108,8 +108,9 @@ class Writer:
     def _scalars(self, records):
         if board := self._board():
             board.scalars(records)
-        for record in records if self._wandb else ():
-            self._wandb.log({k: v for k, v in record.items() if _is_number(v)})
+        if self._wandb:
+            for record in records:
+                self._wandb.log({k: v for k, v in record.items() if _is_number(v)})
 
 
 class Board:
@@ -120,18 +121,18 @@ class Board:
     """
 
     def __init__(self, folder: Path, purge: int | None = None):
-        import tensorboardX.record_writer
         from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import masked_crc32c
 
+        proto = vars(event_pb2) | vars(summary_pb2)  # made when imported; type checkers see none
+        self._event, self._summary = proto["Event"], proto["Summary"]
+        self._crc = masked_crc32c
         folder.mkdir(parents=True, exist_ok=True)
-        self._crc = tensorboardX.record_writer.masked_crc32c
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self.path = (
-            folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
-        )
+        name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        self.path = folder / name
         self._write([{"file_version": "brain.Event:2"}])
         if purge is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = proto["SessionLog"](status=proto["SessionLog"].START)
             self._write([{"step": purge, "session_log": start}])
 
     def scalars(self, records: Iterable[Mapping[str, Any]]) -> None:
