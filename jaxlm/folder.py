@@ -15,8 +15,8 @@ import jax
 
 from jaxlm import __version__
 from jaxlm import config as configs
+from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.config import Run
-from jaxlm.digest import write_atomically
 from jaxlm.models.transformer import parameter_count_by_part
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.console import Console
+from jaxlm.host.console import Console
 from jaxlm.metrics import Clock, Writer
 
 FETCH_SECONDS = 1.0  # between fetches, at most

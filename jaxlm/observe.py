@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from jaxlm.build import Built
-from jaxlm.console import Console
 from jaxlm.data import pack
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.generate.sample import make_sampler
+from jaxlm.host.console import Console
+from jaxlm.host.process import cache_dir
 from jaxlm.metrics import Clock, Writer
-from jaxlm.process import cache_dir
 
 PROMPT_TOKENS = 24
 TEMPERATURE = 0.8

@@ -6,9 +6,9 @@ import time
 import jax
 import numpy as np
 
-from jaxlm.console import Console
 from jaxlm.data import mix
 from jaxlm.folder import describe_device
+from jaxlm.host.console import Console
 from jaxlm.models.transformer import parameter_count_by_part
 
 FOOTNOTE = (

@@ -6,7 +6,7 @@ Every key of the recipe can be set on the command line, e.g. --config.steps=500;
 them all, with what the run would take. The same command continues a run that was stopped.
 """
 
-from jaxlm import process
+from jaxlm.host import process
 
 process.start(__name__)  # before JAX is imported: huge pages, quiet libraries
 
@@ -23,16 +23,16 @@ from jaxlm import folder, report, sharding, summary
 from jaxlm.build import Built, build
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
-from jaxlm.console import Console
 from jaxlm.contract import TrainState
 from jaxlm.data.batches import batches
 from jaxlm.data.mix import parse_stages
 from jaxlm.data.prepare import Prepared, prepare
 from jaxlm.flops import count_flops, peak_flops
+from jaxlm.host.console import Console
+from jaxlm.host.signals import Signals
 from jaxlm.journal import Journal
 from jaxlm.metrics import Clock, Writer
 from jaxlm.observe import Observer
-from jaxlm.signals import Signals
 from jaxlm.step import written_extras
 
 PHASES = 6
@@ -68,7 +68,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         if dry_run:
             return summary.dry_run(console, built, prepared)
         with (
-            closing(Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config)) as writer,
+            closing(_writer(run)) as writer,
             _checkpoints(run, console) as checkpoints,
         ):
             console.on_warning(lambda text: writer.event("warning", text=text))
@@ -248,6 +248,11 @@ def _checkpoints(run, console):
         verify=spec.verify,
         say=console.warn,
     )
+
+
+def _writer(run):
+    quiet = jax.process_index() > 0
+    return Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config, quiet)
 
 
 def _ticker(console):

@@ -22,6 +22,7 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "jaxlm" / "xla-tests"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""

@@ -19,8 +19,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm import digest as digests
 from jaxlm.checkpoint import Checkpoints, SaveError, load_params
+from jaxlm.checkpoint import digest as digests
 from jaxlm.sharding import MeshSpec, make_mesh
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "checkpoint_v1"
@@ -400,7 +400,7 @@ def test_the_digest_is_written_behind_the_loop(checkpoints, monkeypatch):
 
 _KILLED = """
 import os, signal, sys, jax.numpy as jnp
-from jaxlm import digest, storage
+from jaxlm.checkpoint import digest, storage
 from jaxlm.checkpoint import Checkpoints
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 checkpoints = Checkpoints(sys.argv[1])

@@ -14,14 +14,14 @@ import time
 
 import pytest
 
-from jaxlm import console as console_module
-from jaxlm.console import Console
-from jaxlm.progress import Progress
-from jaxlm.terminal import clock, count, duration, table_lines
+from jaxlm.host import console as console_module
+from jaxlm.host.console import Console
+from jaxlm.host.progress import Progress
+from jaxlm.host.terminal import clock, count, duration, table_lines
 
 RUN = """
 import sys, time
-from jaxlm import console
+from jaxlm.host import console
 console.PLAIN_EVERY = 0.2
 with console.Console(sys.argv[1]) as c:
     with c.phase(1, 2, "data", "building the corpora"):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import hardware, hugepages, process
+from jaxlm.host import hardware, hugepages, process
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
-from jaxlm import process
+from jaxlm.host import process
 process.start(__name__)
 import json, os, sys
 

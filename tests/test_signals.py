@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxlm.signals import Signals
+from jaxlm.host.signals import Signals
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_handlers_return_after_an_error():
 
 _STUBBORN = """
 import os, signal, threading, time
-from jaxlm.signals import Signals
+from jaxlm.host.signals import Signals
 threading.Thread(target=time.sleep, args=(60,)).start()  # as a save that is under way
 with Signals():
     os.kill(os.getpid(), signal.SIGINT)

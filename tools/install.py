@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxlm.console import Console
+from jaxlm.host.console import Console
 
 VENV = Path(".venv")
 BROKEN = VENV / "incomplete"  # there while pip works

@@ -7,7 +7,7 @@ Reads the newest good checkpoint (or that of --step) and prints the prompt with 
 A model trained for minutes has the style of its text, and no meaning.
 """
 
-from jaxlm import process
+from jaxlm.host import process
 
 process.start(__name__)
 

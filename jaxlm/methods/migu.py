@@ -33,9 +33,9 @@ def migu(*, threshold: float = 0.7, mask_updates: bool = False) -> Method:
             f"threshold is {threshold}; give the share that is frozen, from 0 to below 1"
         )
 
-    def update(updates, state, params=None, *, taps, **others):
-        del params, others
-        loudness = _by_path(taps)
+    def update(updates, state, params=None, **beside):
+        del params
+        loudness = _by_path(beside.get("taps"))
 
         def mask(path, update):
             if path not in loudness:

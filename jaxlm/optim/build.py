@@ -91,10 +91,10 @@ def is_matrix(names: tuple) -> bool:
 def clip(limit: float) -> optax.GradientTransformation:
     """Scales the gradient down to a global norm of at most `limit`."""
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        scale = jnp.minimum(1.0, limit / optax.tree.norm(grads))
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+        scale = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
@@ -106,7 +106,7 @@ def decay_and_rate(schedule, multiples: Any, decays: Any) -> optax.GradientTrans
         del params
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         rate = schedule(state.count)
 
         def one(update, param, multiple, decay):

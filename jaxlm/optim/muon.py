@@ -25,7 +25,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³, x⁵; steepest at 0 rathe
 class MuonState(NamedTuple):
     """Steps taken, and the average of the gradients."""
 
-    count: jax.Array
+    steps: jax.Array
     mu: Any
 
 
@@ -39,18 +39,18 @@ def scale_by_muon(momentum: float, eps: float, layouts: Any, dtype=None):
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=dtype))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
+        steps = state.steps + 1
+        mu = optax.tree.update_moment(updates, state.mu, momentum, 1)
         # Nesterov's look ahead: the average after one more gradient like this one.
         ahead = optax.tree.update_moment(
-            optax.tree.bias_correction(grads, momentum, count),
-            optax.tree.bias_correction(mu, momentum, count + 1),
+            optax.tree.bias_correction(updates, momentum, steps),
+            optax.tree.bias_correction(mu, momentum, steps + 1),
             momentum,
             1,
         )
-        return _in_stacks(ahead, layouts, eps), MuonState(count, optax.tree.cast(mu, dtype))
+        return _in_stacks(ahead, layouts, eps), MuonState(steps, optax.tree.cast(mu, dtype))
 
     return optax.GradientTransformation(init, update)
 

@@ -138,6 +138,7 @@ def _first_that_works(*candidates, said, axes):
     """Traces an update of each on small stand-ins, so that failures come now and in words."""
     shape = lambda names: jax.ShapeDtypeStruct((2,) * len(names), jnp.float32)
     params = jax.tree.map(shape, axes, is_leaf=is_names)
+    failure = None
     for make in candidates:
         try:
             tx = optax.with_extra_args_support(make())

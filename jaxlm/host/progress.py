@@ -4,7 +4,7 @@ import collections
 import math
 import time
 
-from jaxlm.terminal import SPINNER, clock, count, duration
+from jaxlm.host.terminal import SPINNER, clock, count, duration
 
 RATE_WINDOW = 60.0  # seconds of progress that the time left is estimated from
 FIELDS = {

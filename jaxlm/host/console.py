@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from jaxlm.progress import Progress
-from jaxlm.terminal import (
+from jaxlm.host.progress import Progress
+from jaxlm.host.terminal import (
     columns,
     duration,
     encodable,

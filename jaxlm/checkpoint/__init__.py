@@ -6,8 +6,8 @@
         step = checkpoints.latest()
         trees = checkpoints.restore(step, {"params": abstract})  # any mesh, any subset of items
 
-A checkpoint is a folder named by its step: its trees of arrays (`jaxlm.storage`) and a digest
-(`jaxlm.digest`) that makes it count. Old ones are removed only after the new one has its digest.
+A checkpoint is a folder named by its step: its trees of arrays (`jaxlm.checkpoint.storage`) and a digest
+(`jaxlm.checkpoint.digest`) that makes it count. Old ones are removed only after the new one has its digest.
 """
 
 import math
@@ -20,10 +20,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxlm import digest as digests
-from jaxlm import storage
-from jaxlm.digest import Damaged
-from jaxlm.storage import SaveError
+from jaxlm.checkpoint import digest as digests
+from jaxlm.checkpoint import storage
+from jaxlm.checkpoint.digest import Damaged
+from jaxlm.checkpoint.storage import SaveError
 
 
 class Checkpoints:

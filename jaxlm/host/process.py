@@ -28,12 +28,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from jaxlm import hardware, hugepages
-from jaxlm.hardware import unused_accelerator
+from jaxlm.host import hardware, hugepages
+from jaxlm.host.hardware import unused_accelerator
 
 __all__ = ["cache_dir", "command", "crash_folder", "notes", "run", "start", "unused_accelerator"]
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # our own package
 
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only, of XLA and libtpu

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from jaxlm import digest as digests
-from jaxlm.digest import Damaged, Digest
+from jaxlm.checkpoint import digest as digests
+from jaxlm.checkpoint.digest import Damaged, Digest
 
 # Orbax logs whole tracebacks, several times, of errors that are raised here in one sentence.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
