@@ -13,8 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jaxlm import methods
 from jaxlm.contract import Method, compose
@@ -23,6 +24,8 @@ from jaxlm.data.sources import SourceSpec, parse_added
 from jaxlm.models.transformer import DecoderConfig
 from jaxlm.optim.build import OptimizerSpec
 from jaxlm.sharding import MeshSpec, rows_divide_by
+
+ConfigDict = Any  # of ml_collections, whose types say that every value may be anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +153,10 @@ class Run:
 
 def defaults() -> ConfigDict:
     """Every key with its default, locked: a recipe's typo is an error, not a new key."""
-    c = ConfigDict(TOP)
+    c: ConfigDict = ml_collections.ConfigDict(TOP)
     for name, spec in GROUPS.items():
         c[name] = _fields(spec)
-    c.data.mix = ConfigDict()
+    c.data.mix = ml_collections.ConfigDict()
     c.data.add = ""  # more sources from the command line: name:path:weight,...
     for name, method in methods.METHODS.items():
         c[name] = methods.knobs(method)
@@ -164,7 +167,9 @@ def defaults() -> ConfigDict:
 
 def source(**keys) -> ConfigDict:
     """One entry of `config.data.mix`, with all keys of a source so that each can be overridden."""
-    c = ConfigDict({k: v for k, v in _fields(SourceSpec).items() if k != "name"})
+    c: ConfigDict = ml_collections.ConfigDict(
+        {k: v for k, v in _fields(SourceSpec).items() if k != "name"}
+    )
     c.lock()
     c.update(keys)
     return c
@@ -243,7 +248,7 @@ def from_saved(flat: dict[str, Any]) -> Run:
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv: list[str], usage: str) -> tuple[ConfigDict, Any]:
+def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
     """Reads `--config=FILE --config.key=value ...`; returns the config and the other flags.
 
     Exits with one line for a key, value or file that is wrong.
@@ -252,7 +257,7 @@ def parse(argv: list[str], usage: str) -> tuple[ConfigDict, Any]:
     config_flags.DEFINE_config_file("config", None, "The recipe.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Say what would run, and stop.", flag_values=values)
     if any(a in ("-h", "--help", "-help") for a in argv[1:]):
-        print(usage.strip())
+        print((usage or "").strip())
         raise SystemExit(0)
     try:
         rest = values(argv)

@@ -180,4 +180,4 @@ def training_text(prepared: Prepared, source) -> str:
     """The text of a source's records, put together from their targets again."""
     stored = Reader(source.records).read(range(source.rows))
     rows = pack.from_bytes(stored, source.length, np.dtype(source.dtype))
-    return prepared.tokenizer.decode(rows.tokens[rows.target])
+    return prepared.tokenizer.decode(rows.tokens[rows.target].tolist())

@@ -124,8 +124,8 @@ def take_rows(table: jax.Array, ids: jax.Array, *logical: str | None) -> jax.Arr
 
 def platform(mesh: Mesh) -> str:
     """The platform the mesh's devices belong to: `cpu`, `gpu` or `tpu`."""
-    name = mesh.devices.flat[0].platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+    name: str = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def _tuple(axis):

@@ -4,6 +4,8 @@ Losses, metrics, taps and gradients are sums; they are divided once, by the summ
 accumulation, packing, padding and sharding cannot change the result.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +23,7 @@ def init_guard():
     return {name: jnp.zeros((), kind) for name, kind in kinds.items()}  # one buffer each: donated
 
 
-def init_state(params, method: Method, tx, load=None) -> TrainState:
+def init_state(params, method: Method, tx, load: Any = None) -> TrainState:
     """The state at the start of a run. Traceable where no extra calls `load`."""
     extras = {name: extra.init(params, load) for name, extra in method.extras.items()}
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extras, init_guard())
@@ -37,7 +39,8 @@ def make_step(
     standard deviations above its running mean. `shardings`: those of the state, or None.
     Raises `ValueError` where the method cannot be trained so.
     """
-    if method.objective is None:
+    objective = method.objective
+    if objective is None:
         raise ValueError("the method has no objective: add one, such as next_token or dpo")
     if accumulate > 1 and not method.separable:
         raise ValueError("this objective is no sum over rows, so --config.accumulate must be 1")
@@ -50,7 +53,7 @@ def make_step(
                 batch, metrics = method.select(lm, state.params, state.extras, batch, select_key)
 
         def micro_grads(micro_batch, micro_key):
-            loss_fn = lambda p: method.objective(lm, p, state.extras, micro_batch, micro_key)
+            loss_fn = lambda p: objective(lm, p, state.extras, micro_batch, micro_key)
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             return loss, aux, grads
 

@@ -6,8 +6,8 @@
         step = checkpoints.latest()
         trees = checkpoints.restore(step, {"params": abstract})  # any mesh, any subset of items
 
-A checkpoint is a folder named by its step: its trees of arrays (`jaxlm.checkpoint.storage`) and a digest
-(`jaxlm.checkpoint.digest`) that makes it count. Old ones are removed only after the new one has its digest.
+A checkpoint is a folder named by its step: its trees of arrays (`storage`) and a digest (`digest`)
+that makes it count. Old ones are removed only after the new one has its digest.
 """
 
 import math

@@ -59,8 +59,8 @@ class HeldOut:
     def compile(self, params) -> None:
         """Compiles by scoring a batch of padding."""
         L = next((source.rows.document_NL.shape[1] for source in self.sources.values()), 1)
-        zeros = {name: np.zeros((self._batch, L), np.int32) for name in INPUTS}
-        zeros["weights"] = zeros["weights"].astype(np.float32)
+        kinds = dict.fromkeys(INPUTS, np.int32) | {"weights": np.float32}
+        zeros = {name: np.zeros((self._batch, L), kind) for name, kind in kinds.items()}
         jax.block_until_ready(self._nats(params, self._put(zeros)))
 
     @property
