@@ -7,7 +7,8 @@ some on a small decoder. The same steps must come out
   - the same on eight devices, params sharded four ways and tensors two
   - the same when documents lie in another order in their rows and padding holds other tokens
   - bit for bit the same when the state goes through numpy after the second step,
-and the objective must hand no gradient to its extras. Compiled steps are shared between checks.
+and neither objective nor selector may promote a type silently, nor the objective hand a gradient to
+its extras. Compiled steps are shared between checks.
 """
 
 import dataclasses
@@ -241,6 +242,20 @@ def test_resuming_changes_no_bit(name):
     trees, whole_history = outcome(name)
     jax.tree.map(np.testing.assert_array_equal, _plain(of, state), trees)
     jax.tree.map(np.testing.assert_array_equal, history, whole_history[-1:])
+
+
+@every_entry
+def test_no_type_is_promoted_silently(name):
+    of = training(name)
+    first, rows, key = of.first, of.batches()[0], jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"):
+        if of.method.select:
+            rows, _ = jax.eval_shape(
+                lambda *a: of.method.select(of.lm, *a), first.params, first.extras, rows, key
+            )
+        jax.eval_shape(
+            lambda *a: of.method.objective(of.lm, *a), first.params, first.extras, rows, key
+        )
 
 
 @pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if dpo in e.parts])

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, cast
 
 from jaxlm.contract import Method
 from jaxlm.methods import dpo, ema, follow, learnability, migu, next_token
@@ -48,12 +48,11 @@ def knobs(method: Callable[..., Method]) -> dict[str, bool | int | float | str]:
     """Name and default of each knob, the default cast to the annotated type (so 1 becomes 1.0)."""
     found = {}
     for name, knob in inspect.signature(method, eval_str=True).parameters.items():
-        cast: Any = knob.annotation
-        plain = cast in (bool, int, float, str) and knob.default is not knob.empty
+        plain = knob.annotation in (bool, int, float, str) and knob.default is not knob.empty
         if knob.kind is not knob.KEYWORD_ONLY or not plain:
             raise ValueError(
                 f"the knob {name!r} of {method.__name__} must be keyword-only, annotated as bool, "
                 "int, float or str, and have a default"
             )
-        found[name] = cast(knob.default)
+        found[name] = knob.annotation(cast(Any, knob.default))
     return found

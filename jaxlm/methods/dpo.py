@@ -37,7 +37,7 @@ def dpo(*, beta: float = 0.1) -> Method:
         pair_P = jnp.any(batch["weights"] > 0, axis=(1, 2)).astype(jnp.float32)
         weight = pair_P.sum()
         metrics = {
-            "dpo/accuracy": jnp.sum(pair_P * (margin_P > 0)),
+            "dpo/accuracy": jnp.sum(jnp.where(margin_P > 0, pair_P, 0.0)),
             "dpo/margin": jnp.sum(pair_P * margin_P),
             "dpo/reward_chosen": jnp.sum(pair_P * reward_P2[:, 0]),
             "dpo/reward_rejected": jnp.sum(pair_P * reward_P2[:, 1]),
