@@ -41,7 +41,8 @@ def cpu_blocks(query_BLHK, key_BLGK, value_BLGK, *, segments_BL, positions_BL, w
     key_NBGLK, value_NBGLK = (split(x.swapaxes(1, 2)) for x in (key_BLGK, value_BLGK))
     # Outside of the scan, or every head and both passes over the scores would make it anew.
     seen_NBLM = split(visible(segments_BL, positions_BL, window))
-    out_NBGLRK: jax.Array = _attend(Options(window, soft_cap), query_NBGLRK, key_NBGLK, value_NBGLK, seen_NBLM)
+    options = Options(window, soft_cap)
+    out_NBGLRK: jax.Array = _attend(options, query_NBGLRK, key_NBGLK, value_NBGLK, seen_NBLM)
     return out_NBGLRK.reshape(B, G, L, H // G, K).swapaxes(1, 2).reshape(B, L, H, K)
 
 
