@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, cast, cast
+from typing import Any, cast
 
 from jaxlm.contract import Method
 from jaxlm.methods import dpo, ema, follow, learnability, migu, next_token
