@@ -15,6 +15,7 @@ they read; what writes to the residual stream has 1/(in·2·layers), so that the
 keeps it too (GPT-2).
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -99,9 +100,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x_BLI, mask_BL):
         takes, gives = self.axes
-        out = "width" if gives == "embed" else gives
         kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
-        y_BLO = product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", out)
+        y_BLO = project(x_BLI, kernel_IO, takes, gives)
         if self.bias is not None:
             y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
         size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
@@ -185,6 +185,34 @@ def gathered(param: nnx.Param, dtype, *logical):
     """
     axes = (None if axis == "embed" else axis for axis in logical)
     return sharding.constrain(param[...].astype(dtype), *axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x_BLI, kernel_IO, takes, gives):
+    """x·W, with its gradient written out, for the order of the operands in that of W.
+
+    JAX puts the cotangent first there, and XLA on a CPU then copies it transposed: a third slower
+    in float32, and on jax 0.12 four times in bfloat16, with sums that are off by 2 %.
+    """
+    return product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", _of_activations(gives))
+
+
+def _project_forward(x_BLI, kernel_IO, takes, gives):
+    return project(x_BLI, kernel_IO, takes, gives), (x_BLI, kernel_IO)
+
+
+def _project_backward(takes, gives, saved, d_BLO):
+    x_BLI, kernel_IO = saved
+    d_x = product("BLO,IO->BLI", d_BLO, kernel_IO, "batch", "length", _of_activations(takes))
+    axes = (None if axis == "embed" else axis for axis in (takes, gives))
+    return d_x, product("BLI,BLO->IO", x_BLI, d_BLO, *axes)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def _of_activations(axis):
+    return "width" if axis == "embed" else axis
 
 
 def product(equation, x, y, *logical, **options):
