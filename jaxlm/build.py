@@ -31,15 +31,16 @@ class Built(NamedTuple):
 
     def step(self):
         """The jitted training step, and what runs between steps."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         step = make_step(
             self.lm,
             self.run.method,
             self.tx,
             accumulate=self.run.accumulate,
             spike_sigmas=self.run.guard.spike_sigmas,
-            shardings=jax.tree.map(lambda x: x.sharding, self.abstract),
+            shardings=shardings,
         )
-        return step, make_between(self.run.method)
+        return step, make_between(self.run.method, shardings=shardings)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows of a batch, onto the mesh."""

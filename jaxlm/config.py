@@ -35,6 +35,11 @@ class CheckpointSpec:
     keep_best: str = ""  # also keep the best by this evaluation figure, e.g. "loss/code"
     verify: str = "full"  # "full": hash each file; "sizes": only their sizes, for large models
 
+    def __post_init__(self):
+        _at_least(1, every=self.every, keep=self.keep)
+        if self.verify not in ("full", "sizes"):
+            raise ValueError(f"verify={self.verify!r} may be 'full' or 'sizes'")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
@@ -45,6 +50,24 @@ class EvalSpec:
     samples: str = "0.1 0.5 1"  # shares of the run after which continuations are written
     sample_tokens: int = 64
 
+    def __post_init__(self):
+        _at_least(1, batch=self.batch, characters=self.characters, sample_tokens=self.sample_tokens)
+        _at_least(0, every=self.every, stride=self.stride)
+        self.shares()
+
+    def shares(self) -> tuple[float, ...]:
+        """The shares of the run after which continuations are written."""
+        try:
+            shares = tuple(float(share) for share in self.samples.split())
+        except ValueError:
+            shares = (-1.0,)
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(
+                f"samples={self.samples!r} holds shares of the run above 0 and up to 1, such as "
+                "'0.5 1'; '' writes none"
+            )
+        return shares
+
 
 @dataclasses.dataclass(frozen=True)
 class LogSpec:
@@ -52,11 +75,18 @@ class LogSpec:
     tensorboard: bool = True
     wandb: str = ""  # project; needs the extra jaxlm[wandb]
 
+    def __post_init__(self):
+        _at_least(1, every=self.every)
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardSpec:
     stop_after: int = 10  # updates skipped in a row
     spike_sigmas: float = 0.0  # skip a loss that far above its running mean; 0 = off
+
+    def __post_init__(self):
+        _at_least(1, stop_after=self.stop_after)
+        _at_least(0, spike_sigmas=self.spike_sigmas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +95,9 @@ class ExpectSpec:
 
     bits_per_char: str = ""  # at most, by source, e.g. "code=1.30 prose=1.60"
     minutes: float = 0.0  # of training, at most
+
+    def __post_init__(self):
+        self.figures()
 
     def figures(self) -> dict[str, float]:
         try:
@@ -104,7 +137,7 @@ TOP = {
     "method": "next_token",
 }
 # What a restarted run may change: nothing that the curve depends on.
-FREE = ("workdir", "expect.", "mesh.", "checkpoint.", "eval.", "log.", "data.workers")
+FREE = ("workdir", "expect.", "mesh.", "checkpoint.", "eval.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +208,36 @@ def source(**keys) -> ConfigDict:
     return c
 
 
+def own_method(c: ConfigDict, name: str) -> None:
+    """Gives a method of your own, "package.module:function", its group of knobs in a recipe."""
+    group = name.rpartition(":")[2]
+    if group in c and group not in methods.METHODS:
+        raise ValueError(
+            f"the method {name!r} needs another name: {group!r} is a key of the config"
+        )
+    with c.unlocked():
+        c[group] = methods.knobs(methods.resolve(name))
+    c.data.mix.unlock()  # locked with the rest when the block ended
+
+
 def check(c: ConfigDict) -> Run:
     """Builds and checks the run that a config describes. Raises `ValueError` for people."""
     for key in ("steps", "batch", "accumulate"):
         if c[key] < 1:
             raise ValueError(f"config.{key}={c[key]} must be at least 1")
+    if c.eval.stride > c.data.length:
+        raise ValueError(
+            f"config.eval.stride={c.eval.stride} would leave tokens unscored: it may be at most "
+            f"config.data.length={c.data.length}"
+        )
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
+    _check_best(c)
+    if method.reads != "rows":
+        raise ValueError(
+            f"config.method={c.method!r} reads {method.reads}, and all sources give rows of text; "
+            "its parts can be used from Python (jaxlm.methods)"
+        )
     if method.objective is None:
         raise ValueError(f"config.method={c.method!r} has no objective; add next_token or dpo")
     if c.accumulate > 1 and not method.separable:
@@ -235,6 +291,9 @@ def nest(flat: dict[str, Any]) -> dict:
 def from_saved(flat: dict[str, Any]) -> Run:
     """The run that a checkpoint or run.json describes, for generation and evaluation."""
     c = defaults()
+    for name in (part.strip() for part in flat["method"].split("+")):
+        if ":" in name:
+            own_method(c, name)
     for key, value in flat.items():
         *groups, last = key.split(".")
         if groups[:2] == ["data", "mix"] and groups[2] not in c.data.mix:
@@ -340,6 +399,28 @@ def _method(c: ConfigDict) -> tuple[Method, set[str]]:
         except ValueError as e:
             raise ValueError(f"config.{group}: {e}") from None
     return compose(*parts), used
+
+
+def _check_best(c):
+    """That the figure by which the best checkpoint is kept is one that evaluations give."""
+    best, names = c.checkpoint.keep_best, [*c.data.mix, *(s.name for s in parse_added(c.data.add))]
+    known = [f"{figure}/{name}" for figure in ("loss", "bits_per_char") for name in names]
+    if best and best not in known:
+        near = difflib.get_close_matches(best, known, 1)
+        raise ValueError(
+            f"config.checkpoint.keep_best={best!r} is none of {', '.join(near or known)}"
+        )
+    if best and not (c.eval.every and c.eval.every % c.checkpoint.every == 0):
+        raise ValueError(
+            "config.checkpoint.keep_best compares checkpoints that were evaluated at their step: "
+            f"set config.eval.every to a multiple of config.checkpoint.every={c.checkpoint.every}"
+        )
+
+
+def _at_least(least, **values):
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def _changed(flat):

@@ -95,6 +95,7 @@ class Method:
 
     objective: Objective | None = None
     separable: bool = True  # the loss is a sum over rows, so micro-batches may be summed
+    reads: str = "rows"  # batches as above; "pairs": as `methods.dpo` documents them
     select: Selector | None = None
     oversample: int = 1  # rows that `select` sees for each row it keeps
     wrap: Wrap | None = None  # optimizer -> optimizer
@@ -137,6 +138,7 @@ def compose(*parts: Method) -> Method:
     return Method(
         objective=only("objective"),
         separable=all(part.separable for part in parts),
+        reads=next((part.reads for part in parts if part.objective), "rows"),
         select=only("select"),
         oversample=max((part.oversample for part in parts), default=1),
         wrap=wrap if wraps else None,

@@ -5,9 +5,12 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +73,19 @@ def finished(run: Run) -> str:
     return (
         f"This run is finished: {results['steps']:,} steps, bits per character {figures}.\n"
         f"  the page        {run.workdir / 'report.html'}\n"
-        f'  sample from it  python -m jaxlm.generate --workdir="{run.workdir}" --prompt="def "\n'
+        f"  sample from it  {python()} -m jaxlm.generate"
+        f' --workdir="{run.workdir}" --prompt="def "\n'
         f"  train anew      add --config.workdir=SOME/OTHER/FOLDER, or delete {run.workdir}"
     )
+
+
+def page_is_newest(run: Run) -> bool:
+    """Whether the page was written after the results."""
+    try:
+        page, results = (run.workdir / name for name in ("report.html", "results.json"))
+        return page.stat().st_mtime >= results.stat().st_mtime
+    except OSError:
+        return False
 
 
 def how_to_continue(run: Run, step: int, signal: str, command: str) -> str:
@@ -85,11 +98,12 @@ def how_to_continue(run: Run, step: int, signal: str, command: str) -> str:
 
 def skipped_too_often(run: Run, times: int, checkpoint: int | None) -> str:
     """Why a run ended whose updates had to be skipped, and what there is to go on from."""
-    last = "none yet" if checkpoint is None else f"step {checkpoint:,}"
+    last = "none yet" if checkpoint is None else f"{run.workdir / 'checkpoints' / str(checkpoint)}"
     return (
         f"{times} updates in a row were skipped, since the loss or a gradient was not finite, or "
-        f"the loss far above its running mean; last good checkpoint in {run.workdir}: {last}. "
-        "Lower --config.optimizer.learning_rate, or look at the data of these steps"
+        f"the loss far above its running mean; last good checkpoint: {last}. Look at the data of "
+        "these steps, or start in another --config.workdir with a lower "
+        "--config.optimizer.learning_rate, and from that checkpoint with --config.init.checkpoint"
     )
 
 
@@ -98,7 +112,7 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     run, path = built.run, built.run.workdir / "run.json"
     if jax.process_index() != 0:
         return
-    shutil.copytree(prepared.tokenizer_folder, run.workdir / "tokenizer", dirs_exist_ok=True)
+    _copy_tokenizer(prepared.tokenizer_folder, run.workdir / "tokenizer")
     parts = parameter_count_by_part(built.abstract.params)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(
@@ -129,10 +143,26 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     )
 
 
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Only what a tokenizer is made of: the folder may hold a whole model."""
+    target.mkdir(exist_ok=True)
+    wanted = ("*token*.json", "*token*.model", "special_tokens_map.json", "vocab*", "merges*")
+    for path in {path for pattern in (*wanted, "*.jinja") for path in source.glob(pattern)}:
+        half = target / (path.name + ".tmp")
+        shutil.copyfile(path, half)
+        half.replace(target / path.name)
+
+
 def write_results(run: Run, results: dict[str, Any]) -> None:
     """Writes results.json, whose presence says that the run is finished."""
     if jax.process_index() == 0:
         write(run.workdir / "results.json", results)
+
+
+def python() -> str:
+    """How to call this Python, as short as it goes."""
+    short = os.path.relpath(sys.executable)
+    return shlex.quote(short if not short.startswith("..") else sys.executable)
 
 
 def read(path: Path) -> dict[str, Any]:

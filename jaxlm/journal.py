@@ -42,7 +42,7 @@ class Journal:
         self.tokens_per_step, self.chars_per_token = tokens_per_step, chars_per_token
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.learning_rates, self.weights = learning_rates, weights
-        self.in_row = 0  # updates skipped in a row, as far as was fetched
+        self.skipped_in_row = 0  # updates, at most, in the steps fetched last
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._since = self._begin = time.monotonic()
         self._away = 0.0  # seconds spent in evaluations and checkpoints
@@ -75,7 +75,7 @@ class Journal:
             self.writer.steps(lines)
             for kind, spent in self.clock.drain().items():
                 self.writer.event(kind, spent, numbers[-1])
-        self.in_row = int(fetched[-1]["skipped_in_row"])
+        self.skipped_in_row = max(int(metrics["skipped_in_row"]) for metrics in fetched)
         self._say(lines[-1])
 
     def pause(self):
@@ -90,7 +90,11 @@ class Journal:
         return resume
 
     def _line(self, step, metrics, speed, seconds):
-        plain = {k: float(v) for k, v in metrics.items() if k != "skipped_in_row"}
+        plain = {
+            k: v.tolist() if v.ndim else float(v)  # which rows were selected; figures
+            for k, v in metrics.items()
+            if k != "skipped_in_row"
+        }
         return {
             "step": step,
             "loss": plain.pop("loss"),

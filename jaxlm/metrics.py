@@ -71,16 +71,19 @@ class Writer:
         record = {"kind": kind, "step": step, "seconds": seconds, "time": time.time(), **more}
         self._write(EVENTS, [record])
 
-    def truncate(self, step: int) -> None:
+    def truncate(self, step: int, last: int | None = None) -> None:
         """On resume: drops steps, evaluations and samples beyond `step`, and half-written lines.
 
+        Evaluations and samples of the run's `last` step go too, since a run ends by making them.
         Events stay, as the time they took was really spent.
         """
         if self.quiet:
             return
         self._purge = step + 1
-        for name in (STEPS, EVALS, SAMPLES):
-            _keep(self.workdir / name, lambda record: record.get("step", 0) <= step)
+        _keep(self.workdir / STEPS, lambda record: record.get("step", 0) <= step)
+        looked = step if last is None else min(step, last - 1)
+        for name in (EVALS, SAMPLES):
+            _keep(self.workdir / name, lambda record: record.get("step", 0) <= looked)
         _keep(self.workdir / EVENTS, lambda record: True)
 
     def flush(self) -> None:

@@ -18,6 +18,7 @@ from jaxlm.generate.sample import make_sampler
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
 from jaxlm.metrics import Clock, Writer
+from jaxlm.sharding import rows_divide_by
 
 PROMPT_TOKENS = 24
 TEMPERATURE = 0.8
@@ -34,6 +35,7 @@ class Observer:
         self.built, self.prepared = built, prepared
         self.console, self.writer, self.clock = console, writer, clock
         self.figures: dict[str, float] = {}
+        self.evaluated = 0  # the step of these figures
         length = run.data.length
         stride = run.eval.stride or max(length // 2, 1)
         sources = {
@@ -43,9 +45,11 @@ class Observer:
             for source in prepared.sources
             if source.held_out
         }
-        self.held = HeldOut(built.lm, sources, batch=run.eval.batch, put=built.put_whole)
+        ways = rows_divide_by(built.mesh)
+        batch = -(-run.eval.batch // ways) * ways
+        self.held = HeldOut(built.lm, sources, batch=batch, put=built.put_whole)
         self.sampler = make_sampler(built.lm, length, temperature=TEMPERATURE)
-        shares = {float(share) for share in run.eval.samples.split()}
+        shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._compress, daemon=True)
@@ -74,6 +78,10 @@ class Observer:
         every, steps = self.built.run.eval.every, self.built.run.steps
         return step < steps and (bool(every and step % every == 0) or step in self.sample_at)
 
+    def figures_at(self, step: int) -> dict[str, float]:
+        """The figures, if that step was evaluated."""
+        return self.figures if step == self.evaluated else {}
+
     def look(self, step: int, state) -> None:
         every = self.built.run.eval.every
         if every and step % every == 0:
@@ -93,7 +101,7 @@ class Observer:
                     more = self.held.figures(self.held.bits(state.extras[name], self._tick))
                     figures |= {f"{name}/{k}": v for k, v in more.items()}
         run = self.built.run
-        self.figures = figures
+        self.figures, self.evaluated = figures, step
         self.writer.evaluation(
             {
                 "step": step,
@@ -133,7 +141,7 @@ class Observer:
         """The last evaluation and samples, next to the compressors."""
         run = self.built.run
         bits = self.evaluate(run.steps, state)
-        samples = self.sample(run.steps, state)
+        samples = self.sample(run.steps, state) if run.steps in self.sample_at else []
         self.console.note("waiting for xz")
         with self.clock("compressors"):
             self._thread.join()
@@ -160,7 +168,7 @@ class Observer:
 
     def _compress(self):
         """Fills in the compressors' figures, from the cache if they are there."""
-        name = f"{self.prepared.hash[:24]}-{self.built.run.eval.characters}.json"
+        name = f"{self.prepared.hash[:24]}-{self.built.run.eval.characters}-2.json"
         path = cache_dir() / "compressors" / name
         try:
             self._compressed = json.loads(path.read_text())
@@ -180,4 +188,5 @@ def training_text(prepared: Prepared, source) -> str:
     """The text of a source's records, put together from their targets again."""
     stored = Reader(source.records).read(range(source.rows))
     rows = pack.from_bytes(stored, source.length, np.dtype(source.dtype))
-    return prepared.tokenizer.decode(rows.tokens[rows.target].tolist())
+    # The first token of a row is the last of the one before.
+    return prepared.tokenizer.decode(rows.tokens[:, 1:][rows.target[:, 1:]].tolist())

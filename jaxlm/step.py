@@ -51,6 +51,8 @@ def make_step(
         if method.select:
             with jax.named_scope("select"):
                 batch, metrics = method.select(lm, state.params, state.extras, batch, select_key)
+            audit = {"selected/source": batch["source"], "selected/index": batch["index"]}
+            metrics = metrics | audit
 
         def micro_grads(micro_batch, micro_key):
             loss_fn = lambda p: objective(lm, p, state.extras, micro_batch, micro_key)
@@ -92,7 +94,8 @@ def _sum_over_micro_batches(fn, batch, key, accumulate):
     )
     xs = (split, jax.random.split(key, accumulate))
     shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], xs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    kind = lambda s: jnp.float32 if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, kind(s)), shapes)
     return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, fn(*x)), None), zeros, xs)[0]
 
 
@@ -122,14 +125,18 @@ def _unless(good, new, old):
     return jax.tree.map(keep, new, old)
 
 
-def make_between(method: Method):
-    """Returns `between(step, state) -> state`, to call after each step with the steps taken."""
+def make_between(method: Method, *, shardings=None):
+    """Returns `between(step, state) -> state`, to call after each step with the steps taken.
+
+    `shardings`: those of the state, or None.
+    """
 
     def compile_one(b):
         def fn(written, rest, params):
             return b.fn(params, {**rest, **written})
 
-        return b, jax.jit(fn, donate_argnums=0)
+        out = shardings and {name: shardings.extras[name] for name in b.writes}
+        return b, jax.jit(fn, donate_argnums=0, out_shardings=out)
 
     compiled = [compile_one(b) for b in method.between]
 

@@ -1,11 +1,11 @@
 """What a run tells a person about itself: the machine, the data card, the plan, the outcome."""
 
-import shutil
 import time
 
 import jax
 import numpy as np
 
+from jaxlm import folder
 from jaxlm.data import mix
 from jaxlm.folder import describe_device
 from jaxlm.host.console import Console
@@ -92,7 +92,7 @@ def weights(run, prepared):
 
 def chars_per_token(prepared) -> float:
     """Of the mixture, by the weights of its sources."""
-    total = sum(s.weight for s in prepared.sources)
+    total = sum(s.weight for s in prepared.sources)  # stages are left out: it is for the eye
     each = ((s.weight / total, s.characters / max(s.tokens, 1)) for s in prepared.sources)
     return sum(weight * ratio for weight, ratio in each) or 1.0
 
@@ -225,11 +225,11 @@ def farewell(console: Console, run, found: dict, page) -> None:
     minutes = found["seconds"] / 60
     console.say(
         f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; "
-        f"{minutes:.1f} minutes in all."
+        f"{minutes:.1f} minutes since this start."
     )
     for line in found["verdict"]:
         console.say(line)
-    python = ".venv/bin/python" if shutil.which("jaxlm") is None else "python"
+    python = folder.python()
     console.say(
         f"\n  the page     {page}\n"
         f"  checkpoint   {run.workdir / 'checkpoints'}\n"

@@ -50,6 +50,8 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
     with console.phase(1, PHASES, "setup", "looking at this machine"):
         mesh = sharding.make_mesh(run.mesh)
         run.check_devices(mesh)
+        build(run, run.model.vocabulary or 2)  # tells what is wrong before any data is prepared
+        parse_stages(run.data.stages, {s.name: s.weight for s in run.data.sources}, run.steps)
         if idle := process.unused_accelerator(jax.devices()):
             console.warn(idle)
         with clock("setup"):
@@ -59,6 +61,8 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
     # ------------------------------------------------ 2 data
     with console.phase(2, PHASES, "data", "preparing the mixture"), clock("data"):
         prepared = prepare(run.data, process.cache_dir() / "data", progress=_ticker(console))
+        if prepared.cached:
+            console.say("  found prepared in the cache; nothing had to be built")
         summary.data_card(console, prepared, run)
         for note in prepared.notes:
             console.warn(note)
@@ -86,12 +90,12 @@ def _train(
     with console.phase(3, PHASES, "compile", "building and compiling the training step"):
         with clock("restore"):
             state, start = restore_or_start(built, prepared, checkpoints)
-        writer.truncate(start)
+        writer.truncate(start, run.steps)
         writer.event("resume" if start else "start", step=start, time=began)
         observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
-        rows = feed(run, prepared, start)
+        rows = feed(run, prepared, start if start < run.steps else 0)
         with clock("compile"):
             batch = built.put(next(rows))
             traced = step_fn.trace(state, batch, key)
@@ -119,6 +123,7 @@ def _train(
         weights=summary.weights(run, prepared),
     )
     text = f"{run.steps - start:,} steps of {run.batch} × {run.data.length} tokens"
+    signal = ""
     with console.phase(4, PHASES, "train", text), Signals(console.say) as signals:
         for step in range(start, run.steps):
             state, metrics = step_fn(state, batch, key)
@@ -132,26 +137,28 @@ def _train(
                 resume = journal.pause()
                 observer.look(step + 1, state)
                 resume()
-            if (step + 1) % run.checkpoint.every == 0 or step + 1 == run.steps:
+            if (step + 1) % run.checkpoint.every == 0:
                 journal.fetch()
-                resume = journal.pause()
-                with clock("checkpoint"):
-                    save(built, prepared, checkpoints, state, observer.figures)
-                resume()
-            if journal.in_row >= run.guard.stop_after:
+                if not journal.skipped_in_row:  # else the params may be what is wrong
+                    resume = journal.pause()
+                    with clock("checkpoint"):
+                        save(built, prepared, checkpoints, state, observer.figures_at(step + 1))
+                    resume()
+            if journal.skipped_in_row >= run.guard.stop_after:
                 raise ValueError(
-                    folder.skipped_too_often(run, journal.in_row, checkpoints.latest())
+                    folder.skipped_too_often(run, journal.skipped_in_row, checkpoints.latest())
                 )
-            if (signal := signals.stop_requested(step + 1)) and step + 1 < run.steps:
-                journal.fetch()
-                save(built, prepared, checkpoints, state, observer.figures)
-                checkpoints.wait()
-                writer.event("interrupt", step=step + 1)
-                report.write(run.workdir)
-                console.say(folder.how_to_continue(run, step + 1, signal, command))
-                return EXIT[signal]
+            if signal := signals.stop_requested(step + 1):
+                break
+        journal.fetch()
         with clock("checkpoint"):
+            save(built, prepared, checkpoints, state, observer.figures_at(int(state.step)))
             checkpoints.wait()
+        if signal := signal or signals.stop_requested(int(state.step)):
+            writer.event("interrupt", step=int(state.step))
+            report.write(run.workdir)
+            console.say(folder.how_to_continue(run, int(state.step), signal, command))
+            return EXIT[signal]
 
     # ------------------------------------------------ 5 evaluate, 6 report
     with console.phase(5, PHASES, "evaluate", "scoring the held-out text"):
@@ -266,6 +273,8 @@ def main() -> int:
         return train(run, Console(), dry_run=True)
     with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:
         if finished := folder.finished(run):
+            if not folder.page_is_newest(run):  # stopped while it was written
+                report.write(run.workdir)
             console.say(finished)
             return 0
         console.log_to(run.workdir / "train.log")

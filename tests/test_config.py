@@ -60,6 +60,21 @@ def test_what_cannot_run_is_refused(recipe, key, value, message):
         check(recipe).expect.figures()
 
 
+def test_a_method_of_your_own_has_knobs(recipe, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from jaxlm.contract import Method\n"
+        "def flood(*, level: float = 1):\n"
+        "    return Method(objective=lambda *a: level)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    configs.own_method(recipe, "mine:flood")
+    recipe.method = "mine:flood"
+    recipe.flood.level = 0.25
+    run = check(recipe)
+    assert run.method.objective() == 0.25
+    assert configs.from_saved(run.config).config == run.config
+
+
 def test_an_empty_mixture_says_what_to_add():
     with pytest.raises(ValueError, match=r"config\.data\.add"):
         check(defaults())

@@ -204,8 +204,27 @@ def test_damaged_checkpoints_are_skipped_and_never_silently_started_over(home):
     assert "none of the checkpoints" in out
 
 
-def test_dpo_style_extras_survive_a_kill(home):
-    """An extra that nothing writes must come back as it was at the start, not as the params."""
+def test_a_frozen_extra_survives_a_kill(home, whole):
+    """An extra that nothing writes must come back as it was at the start."""
+    flags = (
+        "--config.method=next_token + learnability",
+        "--config.learnability.filter_ratio=0.5",
+        f"--config.learnability.reference={home / 'whole'}",
+        "--config.steps=60",
+        "--config.log.every=5",
+    )
+    run(home, "select", *flags)
+    process = start(home, "select-broken", *flags)
+    wait_for(lambda: steps_written(home, "select-broken") > 25, process)
+    process.kill()
+    process.communicate()
+    run(home, "select-broken", *flags)
+    assert losses(home, "select-broken") == losses(home, "select")
+    chosen = lines(home, "select")[-1]
+    assert len(chosen["selected/index"]) == len(chosen["selected/source"]) == 8
+
+
+def test_written_extras_survive_a_kill(home):
     flags = ("--config.method=next_token + ema", "--config.steps=60", "--config.log.every=5")
     run(home, "ema", *flags)
     process = start(home, "ema-broken", *flags)
@@ -230,6 +249,17 @@ def test_sharded_over_eight_devices_the_curve_is_the_same(home, optimizer):
     np.testing.assert_allclose(
         losses(home, f"one-{optimizer}"), losses(home, f"eight-{optimizer}"), rtol=1e-5
     )
+    one, eight = (lines(home, f"{n}-{optimizer}", "evals.jsonl")[-1] for n in ("one", "eight"))
+    for key in one.keys() - {"seconds"}:
+        np.testing.assert_allclose(one[key], eight[key], rtol=1e-4, err_msg=key)
+
+
+def test_a_run_that_only_skips_updates_ends_and_says_from_where_to_go_on(home):
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip=0")
+    out = run(home, "skips", *flags, "--config.steps=100", code=1)
+    assert "10 updates in a row were skipped" in out or "11 updates in a row" in out
+    assert "last good checkpoint: none yet" in out
+    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize(
@@ -249,6 +279,13 @@ def test_sharded_over_eight_devices_the_curve_is_the_same(home, optimizer):
         (["--config.data.mix.code.wieght=1"], "weight"),
         (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
         (["--config.init.checkpoint=/no/such/run"], "/no/such/run"),
+        (["--config.eval.stride=33"], "config.eval.stride=33"),
+        (["--config.checkpoint.every=0"], "every=0 must be at least 1"),
+        (["--config.eval.samples=often"], "samples='often'"),
+        (["--config.checkpoint.keep_best=loss/cod"], "loss/code"),
+        (["--config.method=dpo"], "pairs"),
+        (["--config.data.stages=0: cod=1"], "cod"),
+        (["--config.model.activation=swish"], "swiglu"),
         (["stray"], "stray"),
     ],
 )

@@ -8,7 +8,6 @@ unsafe next to JAX), while this thread packs and writes the one before.
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -16,7 +15,9 @@ from jaxlm.data import meter, pack, records, sources, tokenizer
 from jaxlm.data.documents import Document, Progress, Tally, distinct, is_held_out
 from jaxlm.data.spec import DataSpec
 
-CHUNK = 2**18 * max(4, os.cpu_count() or 1)  # characters tokenized at a time, many texts a core
+# Characters tokenized at a time, many texts a core. The same on every machine: how far a source is
+# read when max_tokens is reached decides which documents are held out.
+CHUNK = 2**21
 TRAIN_TOKENIZER_ON = 2**25  # characters in all, an equal share from each source
 HELD_OUT_LIMIT = 2**24  # characters of a source kept for evaluation; the rest is only left out
 

@@ -128,6 +128,7 @@ def primed_xz(texts: Sequence[str], seen: Iterable[str]) -> float:
     """
     before, after = "".join(seen).encode(), "".join(texts).encode()
     window = min(max(2 ** (len(before) + len(after)).bit_length(), 2**16), 2**30)
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": window}]
+    preset = 9 | lzma.PRESET_EXTREME
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": window}]
     size = lambda data: len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
     return 8 * (size(before + after) - size(before)) / max(sum(map(len, texts)), 1)

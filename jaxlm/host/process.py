@@ -1,6 +1,6 @@
 """What a command does before JAX is imported, and how it ends when something goes wrong.
 
-    from jaxlm import process
+    from jaxlm.host import process
     process.start(__name__)      # the first lines of a command; nothing happens in an import
     import jax ...
     if __name__ == "__main__":
@@ -47,9 +47,19 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",  # its default, said aloud, spares a warning at each fork
 }
 
+AGAIN = "the same command starts again, from the last checkpoint where there is one"
+
 notes: list[str] = []  # what `start` could not do, for the console to warn of
 _crashes: list[Path] = []  # where to write the traceback of a crash
 _loading = threading.Event()  # set when the imports are over
+
+
+class Terminated(BaseException):
+    """SIGTERM, where nobody else handles it."""
+
+
+def _terminate(number, frame):
+    raise Terminated
 
 
 def start(name: str) -> None:
@@ -74,9 +84,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     _loading.set()
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         code = main() or 0
     except KeyboardInterrupt:
-        code = _last_words("stopped", 128 + signal.SIGINT)
+        code = _last_words(f"stopped by Ctrl-C; {AGAIN}", 128 + signal.SIGINT)
+    except Terminated:
+        code = _last_words(f"stopped by SIGTERM; {AGAIN}", 128 + signal.SIGTERM)
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:

@@ -48,7 +48,7 @@ def dpo(*, beta: float = 0.1) -> Method:
         loss = -jnp.sum(pair_P * jax.nn.log_sigmoid(margin_P))
         return loss + weight * sum(penalties.values()), Aux(weight, metrics, taps)
 
-    return Method(objective=objective, extras={"reference": Extra(copy_of_params)})
+    return Method(objective=objective, reads="pairs", extras={"reference": Extra(copy_of_params)})
 
 
 def _response_logprobs(lm, params, batch, key):

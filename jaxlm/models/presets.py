@@ -1,7 +1,7 @@
 """Model keys of well-known shapes, for recipes: `c.model.update(presets.LLAMA_8B)`.
 
 A preset is what differs from the defaults of `DecoderConfig`. The vocabulary stays with the
-tokenizer. `tests/models/test_presets.py` holds each against the parameter count it is known by.
+tokenizer. `tests/models/test_options.py` holds each against the parameter count it is known by.
 Positions turn as in plain RoPE: the longer contexts of Llama 3.1 rescale them, which is not here.
 """
 
