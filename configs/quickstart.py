@@ -11,16 +11,17 @@ from jaxlm.config import defaults, source
 def get_config():
     c = defaults()
     c.name = "quickstart"
-    c.steps = 2000
+    c.steps = 1300
     c.batch = 16
     c.data.length = 128
     c.data.mix.code = source(source="stdlib-code", weight=0.6)
     c.data.mix.prose = source(source="stdlib-prose", weight=0.4)
     c.data.tokenizer = "bpe"
     c.data.vocabulary = 4096
-    c.model.update(width=128, layers=4, heads=2, qk_norm=True)
-    c.optimizer.update(name="muon", learning_rate=0.02, schedule="linear", decay_fraction=0.5)
-    c.checkpoint.every = 500
-    c.eval.every = 500
+    c.model.update(width=128, layers=4, heads=2, qk_norm=True, loss_chunk=512)
+    c.optimizer.update(name="muon", learning_rate=9e-3, adam_learning_rate=0.02)
+    c.optimizer.update(schedule="linear", decay_fraction=0.5)
+    c.checkpoint.every = 325
+    c.eval.every = 325
     c.expect.update(bits_per_char="code=1.30 prose=1.60", minutes=5.0)
     return c
