@@ -1,7 +1,9 @@
 """What a run looks at beside training: held-out figures, continuations, compressors, results."""
 
+import contextlib
 import json
 import math
+import os
 import threading
 import time
 from typing import Any
@@ -168,6 +170,8 @@ class Observer:
 
     def _compress(self):
         """Fills in the compressors' figures, from the cache if they are there."""
+        with contextlib.suppress(OSError, AttributeError):  # Linux: of this thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         name = f"{self.prepared.hash[:24]}-{self.built.run.eval.characters}-2.json"
         path = cache_dir() / "compressors" / name
         try:
