@@ -44,8 +44,8 @@ class Journal:
         self.learning_rates, self.weights = learning_rates, weights
         self.skipped_in_row = 0  # updates, at most, in the steps fetched last
         self._pending: list[tuple[int, dict[str, Any]]] = []
-        self._since = self._begin = time.monotonic()
-        self._away = 0.0  # seconds spent in evaluations and checkpoints
+        self._since = time.monotonic()
+        self._fastest = float("inf")  # seconds a step
         self._patient = True
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -66,6 +66,7 @@ class Journal:
         now = time.monotonic()
         seconds = max((now - self._since) / len(numbers), 1e-9)
         self._since = now
+        self._fastest = min(self._fastest, seconds)
         speed = self.tokens_per_step / seconds
         lines = [
             self._line(step, metrics, speed, seconds)
@@ -85,7 +86,6 @@ class Journal:
         def resume():
             gone = time.monotonic() - begin
             self._since += gone
-            self._away += gone
 
         return resume
 
@@ -117,11 +117,11 @@ class Journal:
         done = line["step"] - self.start
         if self._patient and done >= PATIENCE_STEPS:
             self._patient = False
-            self._warn_of_time(done)
+            self._warn_of_time()
 
-    def _warn_of_time(self, done):
-        spent = time.monotonic() - self._begin - self._away
-        total = spent / done * (self.steps - self.start) / 60
+    def _warn_of_time(self):
+        # The fastest steps so far: the first ones share the processor with the compressors.
+        total = self._fastest * (self.steps - self.start) / 60
         if self.minutes and total > self.minutes:
             fits = max(int(self.minutes / total * (self.steps - self.start) / 50) * 50, 50)
             self.console.warn(

@@ -1,15 +1,16 @@
 """Tokens/s of our real training step beside Hugging Face's Llama on torch, on this machine.
 
     python tools/bench_train.py --torch=python          # which Python has torch and transformers
-    python tools/bench_train.py --variant=attention=xla --variant=loss_chunk=512,remat=full
+    python tools/bench_train.py --variant=attention=xla --variant=loss_chunk=0,remat=full
     python tools/bench_train.py --shape=quickstart --optimizer=muon
 
-Same shape, tied embeddings, AdamW, gradients clipped by their global norm, both on huge pages,
-each in a process of its own and never at the same time: they take turns of `--steps` steps, and a
-ratio is the median over the rounds of one turn's rate against the other's in the same round. torch
-runs sdpa attention and fused AdamW; in bfloat16 once under autocast (parameters in float32, as
-ours) and once with everything in bfloat16. Ours also reads segments and positions, so documents
-could be packed. Processor seconds say more than tokens/s where others use the machine too.
+Same shape, tied embeddings, AdamW, gradients clipped by their global norm, both with our memory
+settings (`host/hugepages.py`), each in a process of its own. They take turns of `--steps` steps and
+never run at the same time; a ratio is the median over the rounds of one turn's rate against the
+other's in the same round. Ours takes its loss in chunks of 512 tokens, as the quickstart does, and
+reads segments and positions, so documents could be packed. torch runs sdpa attention and fused
+AdamW; in bfloat16 once under autocast (parameters in float32, as ours) and once with everything in
+bfloat16. Processor seconds say more than tokens/s where others use the machine too.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # ignored where the system has none on request
+from jaxlm.host.hugepages import TUNABLES  # noqa: E402  (imports no JAX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def jax_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
 
     model = dataclasses.asdict(shape)
     rows, length = model.pop("batch"), model.pop("length")
-    lm = decoder(DecoderConfig(**{"dtype": dtype, **model, **overrides}), "cpu")
+    lm = decoder(DecoderConfig(**{"dtype": dtype, "loss_chunk": 512, **model, **overrides}), "cpu")
     tx, _ = build(OptimizerSpec(name=optimizer, learning_rate=1e-4), 1000, lm.axes)
     method = next_token()
     state = jax.jit(lambda key: init_state(lm.init(key), method, tx))(jax.random.key(0))
@@ -152,7 +153,8 @@ class Worker:
 
     def __init__(self, name, python, job, args):
         self.name, self.turns = name, []
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=HUGE_PAGES)
+        tunables = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
+        environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
         command = [python, __file__, f"--worker={json.dumps(job)}", f"--shape={args.shape}"]
         command += [f"--steps={args.steps}", f"--optimizer={args.optimizer}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
