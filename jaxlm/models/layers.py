@@ -101,7 +101,7 @@ class Dense(nnx.Module):
     def __call__(self, x_BLI, mask_BL):
         takes, gives = self.axes
         kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
-        y_BLO = project(x_BLI, kernel_IO, takes, gives)
+        y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives)
         if self.bias is not None:
             y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
         size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
