@@ -10,6 +10,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 ARGS ?=
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The first of these that runs and is of a tested version; python3 if none is, to be told why not.
 ifeq ($(origin PYTHON),undefined)
@@ -34,14 +35,14 @@ quickstart: python .venv/installed
 	@$(BIN)/python -m jaxlm.train --config=configs/quickstart.py $(ARGS)
 
 test: python .venv/installed-dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: python .venv/installed-dev
 	@echo "[1/4] format" && $(BIN)/python -m ruff format --check --quiet . \
 	  || { echo "run: $(BIN)/ruff format"; exit 1; }
 	@echo "[2/4] lint" && $(BIN)/python -m ruff check --quiet .
 	@echo "[3/4] types" && $(BIN)/python -m pyright --pythonpath $(BIN)/python jaxlm
-	@echo "[4/4] architecture and fast tests" && $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@echo "[4/4] architecture and fast tests" && $(PYTEST) -m "not slow" $(ARGS)
 
 bench: python .venv/installed-parity
 	@for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python "$$tool" || exit 1; done

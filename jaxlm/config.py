@@ -318,6 +318,7 @@ def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
     if any(a in ("-h", "--help", "-help") for a in argv[1:]):
         print((usage or "").strip())
         raise SystemExit(0)
+    _refuse_missing_recipe(_recipe(argv))
     try:
         rest = values(argv)
         if values["config"].value is None:
@@ -325,8 +326,6 @@ def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
         if len(rest) > 1:
             raise ValueError(f"{rest[1]!r} is no flag; keys are set like --config.steps=100")
         return values["config"].value, values
-    except FileNotFoundError as e:
-        raise SystemExit(f"config: there is no recipe {_recipe(argv)!r} ({e.strerror})") from None
     except SyntaxError as e:
         raise SystemExit(f"config: {e.filename}, line {e.lineno}: {e.msg}") from None
     except (AttributeError, KeyError, ValueError, TypeError, OSError, flags.Error) as e:
@@ -336,6 +335,15 @@ def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
 def _recipe(argv):
     found = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     return found[-1].split(":")[0] if found else ""
+
+
+def _refuse_missing_recipe(name):
+    if not name or Path(name).is_file():
+        return
+    there = sorted(str(path) for path in Path("configs").glob("*.py"))
+    near = difflib.get_close_matches(name, there, 1, 0.4) or there
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SystemExit(f"config: there is no recipe {name}{hint}")
 
 
 def _for_people(error, argv):
@@ -349,7 +357,7 @@ def _for_people(error, argv):
             tail = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
             hint = (near or tail or [""])[0]
             return f"there is no key {key!r}" + (f"; did you mean --config.{hint}?" if hint else "")
-    return text.strip("\"'")
+    return text[1:-1] if text[:1] in "\"'" and text[:1] == text[-1:] else text
 
 
 # ---------------------------------------------------------------- building the parts

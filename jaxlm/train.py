@@ -157,8 +157,9 @@ def _train(
         if signal := signal or signals.stop_requested(int(state.step)):
             writer.event("interrupt", step=int(state.step))
             report.write(run.workdir)
-            console.say(folder.how_to_continue(run, int(state.step), signal, command))
-            return EXIT[signal]
+    if signal:
+        console.say(folder.how_to_continue(run, int(state.step), signal, command))
+        return EXIT[signal]
 
     # ------------------------------------------------ 5 evaluate, 6 report
     with console.phase(5, PHASES, "evaluate", "scoring the held-out text"):

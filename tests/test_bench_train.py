@@ -4,7 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 TOOL = pathlib.Path(__file__).resolve().parents[1] / "tools" / "bench_train.py"
+
+pytestmark = pytest.mark.slow
 
 
 def test_quick_prints_rates_and_ratios():

@@ -14,6 +14,8 @@ from jaxlm.step import init_state, make_step
 
 CONFIG = DecoderConfig(vocabulary=256, width=64, layers=2, heads=2, scan_layers="off")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def parts():

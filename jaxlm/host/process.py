@@ -87,9 +87,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         signal.signal(signal.SIGTERM, _terminate)
         code = main() or 0
     except KeyboardInterrupt:
-        code = _last_words(f"stopped by Ctrl-C; {AGAIN}", 128 + signal.SIGINT)
+        _leave(_last_words(f"stopped by Ctrl-C; {AGAIN}", 128 + signal.SIGINT))
     except Terminated:
-        code = _last_words(f"stopped by SIGTERM; {AGAIN}", 128 + signal.SIGTERM)
+        _leave(_last_words(f"stopped by SIGTERM; {AGAIN}", 128 + signal.SIGTERM))
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:
@@ -220,6 +220,12 @@ def _write_crash(error):
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             return f"the full traceback is in {folder / name}"
     return text
+
+
+def _leave(code) -> NoReturn:
+    """Ends at once: the interpreter's own end would wait for XLA's threads, or crash on them."""
+    _flush()
+    os._exit(code)
 
 
 def _last_words(text, code):
