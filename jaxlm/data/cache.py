@@ -47,8 +47,17 @@ def cached(
         temporary = folder.parent / f".{folder.name}.building"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        facts = build(temporary)
-        _write_manifest(temporary, facts)
+        try:
+            facts = build(temporary)
+            _write_manifest(temporary, facts)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if "No space left" in str(error):  # ArrayRecord raises RuntimeError
+                raise ValueError(
+                    f"the disk is full: {folder.parent} cannot hold the prepared {what}; free some "
+                    "space, or set XDG_CACHE_HOME to a folder on another disk"
+                ) from None
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     return Found(folder, facts, False, note)
