@@ -9,7 +9,9 @@ one sentence that names the key, the value and the remedy (`ValueError`).
 import dataclasses
 import difflib
 import functools
+import re
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,7 @@ class Run:
     expect: ExpectSpec
     config: dict[str, Any]  # the resolved config, cut down to the groups in use
     changed: dict[str, list]  # dotted key -> [default, value]
+    overridden: tuple[str, ...] = ()  # keys set on the command line that the curve depends on
 
     @property
     def rows(self) -> int:
@@ -220,8 +223,11 @@ def own_method(c: ConfigDict, name: str) -> None:
     c.data.mix.unlock()  # locked with the rest when the block ended
 
 
-def check(c: ConfigDict) -> Run:
-    """Builds and checks the run that a config describes. Raises `ValueError` for people."""
+def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
+    """Builds and checks the run that a config describes. Raises `ValueError` for people.
+
+    `overrides`: the keys that did not come from the recipe.
+    """
     for key in ("steps", "batch", "accumulate"):
         if c[key] < 1:
             raise ValueError(f"config.{key}={c[key]} must be at least 1")
@@ -254,6 +260,7 @@ def check(c: ConfigDict) -> Run:
         data=_data(c.data),
         config=flat,
         changed=_changed(flat),
+        overridden=tuple(key for key in overrides if not _is_free(key)),
     )
 
 
@@ -261,11 +268,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a run from being continued: one line per key that differs and matters."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
         was, now = _plain(old.get(key)), _plain(new.get(key))
-        if was != now and not free:
+        if was != now and not _is_free(key):
             lines.append(f"{key}: {was!r} there, {now!r} here")
     return lines
+
+
+def _is_free(key):
+    return any(key == f or (f.endswith(".") and key.startswith(f)) for f in FREE)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -307,8 +317,8 @@ def from_saved(flat: dict[str, Any]) -> Run:
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
-    """Reads `--config=FILE --config.key=value ...`; returns the config and the other flags.
+def parse(argv: list[str], usage: str | None) -> tuple[Run, Any]:
+    """Reads `--config=FILE --config.key=value ...`; returns the checked run and the other flags.
 
     Exits with one line for a key, value or file that is wrong.
     """
@@ -325,11 +335,12 @@ def parse(argv: list[str], usage: str | None) -> tuple[ConfigDict, Any]:
             raise ValueError("no recipe given: add --config=configs/quickstart.py, say")
         if len(rest) > 1:
             raise ValueError(f"{rest[1]!r} is no flag; keys are set like --config.steps=100")
-        return values["config"].value, values
+        c, overrides = values["config"].value, config_flags.get_override_values(values["config"])
     except SyntaxError as e:
         raise SystemExit(f"config: {e.filename}, line {e.lineno}: {e.msg}") from None
     except (AttributeError, KeyError, ValueError, TypeError, OSError, flags.Error) as e:
         raise SystemExit(f"config: {_for_people(e, argv)}") from None
+    return check(c, overrides), values
 
 
 def _recipe(argv):
@@ -347,17 +358,43 @@ def _refuse_missing_recipe(name):
 
 
 def _for_people(error, argv):
-    """The message without quotes and line breaks, and the nearest key where one is unknown."""
+    """What is wrong with the first flag that is: its name, with the nearest key, or its value."""
     text = " ".join(str(error.args[0] if error.args else error).split())
-    keys = [a[9:].split("=")[0] for a in argv if a.startswith("--config.")]
     known = flatten(defaults().to_dict())
-    for key in keys:
-        if key not in known and not key.startswith("data.mix."):
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            tail = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-            hint = (near or tail or [""])[0]
-            return f"there is no key {key!r}" + (f"; did you mean --config.{hint}?" if hint else "")
+    for flag, _, value in (a.removeprefix("--").partition("=") for a in argv[1:]):
+        key = flag.removeprefix("config.")
+        of_source = re.fullmatch(r"data\.mix\.(\w+)\.(\w+)", key)
+        entry = source()
+        if flag not in known and flag.startswith("config.") and key not in known:
+            if not of_source:
+                return f"there is no key {key!r}{_did_you_mean(key, known)}"
+            if of_source[2] not in entry:
+                keys = [f"data.mix.{of_source[1]}.{k}" for k in entry]
+                return f"there is no key {key!r}{_did_you_mean(key, keys)}"
+        if flag == key and f"flag {flag!r}" in text and (near := _nearest(key, known)):
+            return f"there is no flag --{flag}; keys are set like --config.{near}={value or '...'}"
+        kind = type(known.get(key, entry.get(of_source[2]) if of_source else None))
+        if kind in _NUMBERS and f"--{flag}={value}:" in text:
+            return f"--{flag}={value}: {value!r} is no {_NUMBERS[kind]}"
     return text[1:-1] if text[:1] in "\"'" and text[:1] == text[-1:] else text
+
+
+_NUMBERS = {int: "whole number", float: "number"}
+
+
+def _did_you_mean(key, known):
+    near = _nearest(key, known)
+    return f"; did you mean --config.{near}?" if near else ""
+
+
+def _nearest(key, known):
+    """The known key that somebody meant: of the same last name, its initials, or its look."""
+    group, _, last = key.rpartition(".")
+    tails = {k: k.split(".")[-1] for k in known}
+    same = [k for k, tail in tails.items() if tail == last]
+    initials = [k for k, tail in tails.items() if "".join(w[0] for w in tail.split("_")) == last]
+    within = [k for k in initials if k.startswith(f"{group}.")]
+    return (same or within or initials or difflib.get_close_matches(key, known, 1, 0.5) or [""])[0]
 
 
 # ---------------------------------------------------------------- building the parts
@@ -433,6 +470,10 @@ def _at_least(least, **values):
 
 def _changed(flat):
     known = flatten(defaults().to_dict())
+    of_source = source().to_dict()
+    for key in flat:
+        if key.startswith("data.mix."):
+            known[key] = of_source.get(key.split(".")[-1])
     return {k: [known.get(k), v] for k, v in flat.items() if _plain(known.get(k)) != _plain(v)}
 
 

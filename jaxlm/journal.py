@@ -30,7 +30,7 @@ class Journal:
         steps: int,
         every: int,
         tokens_per_step: int,
-        chars_per_token: float,
+        chars_per_token,
         flops_per_step: float,
         peak_flops: float,
         learning_rates,
@@ -98,7 +98,7 @@ class Journal:
         return {
             "step": step,
             "loss": plain.pop("loss"),
-            "bits_per_char": float(metrics["loss"]) / math.log(2) / self.chars_per_token,
+            "bits_per_char": float(metrics["loss"]) / math.log(2) / self.chars_per_token(step),
             "tokens": step * self.tokens_per_step,
             "learning_rate": float(self.learning_rates[step - 1]),
             "tokens_per_second": speed,

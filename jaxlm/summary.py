@@ -90,11 +90,17 @@ def weights(run, prepared):
     return of
 
 
-def chars_per_token(prepared) -> float:
-    """Of the mixture, by the weights of its sources."""
-    total = sum(s.weight for s in prepared.sources)  # stages are left out: it is for the eye
-    each = ((s.weight / total, s.characters / max(s.tokens, 1)) for s in prepared.sources)
-    return sum(weight * ratio for weight, ratio in each) or 1.0
+def chars_per_token(run, prepared):
+    """step -> characters per token of the mixture, by the weights of its sources at that step."""
+    fixed = {f"weights/{s.name}": s.weight for s in prepared.sources}
+    staged = weights(run, prepared)
+    each = {f"weights/{s.name}": s.characters / max(s.tokens, 1) for s in prepared.sources}
+
+    def of(step):
+        now = staged(step) or fixed
+        return sum(now[name] * each[name] for name in each) / sum(now.values()) or 1.0
+
+    return of
 
 
 def dry_run(console: Console, built, prepared) -> int:
@@ -205,7 +211,14 @@ def _indented(text):
 def verdict(run, found: dict) -> list[str]:
     """In words: what was reached, beside what the recipe promised."""
     lines = []
-    for source, most in run.expect.figures().items():
+    expected = run.expect.figures()
+    if expected and run.overridden:
+        figures = ", ".join(f"{source} {most:.2f}" for source, most in expected.items())
+        return [
+            f"The recipe promises at most {figures} bits per character for its own settings; this "
+            f"run set {', '.join(run.overridden)}, so it is not judged by them."
+        ]
+    for source, most in expected.items():
         value = found["bits_per_char"].get(source)
         if value is None:
             continue

@@ -115,7 +115,7 @@ def _train(
         steps=run.steps,
         every=run.log.every,
         tokens_per_step=run.batch * run.data.length,
-        chars_per_token=summary.chars_per_token(prepared),
+        chars_per_token=summary.chars_per_token(run, prepared),
         flops_per_step=flops,
         peak_flops=peak[0] * jax.device_count(),
         learning_rates=np.asarray(jax.vmap(built.schedule)(jnp.arange(run.steps))),
@@ -268,8 +268,7 @@ def _ticker(console):
 
 
 def main() -> int:
-    c, flags = configs.parse(sys.argv, __doc__)
-    run = configs.check(c)
+    run, flags = configs.parse(sys.argv, __doc__)
     if flags.dry_run:
         return train(run, Console(), dry_run=True)
     with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:

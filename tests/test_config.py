@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import methods
+from jaxlm import methods, summary
 from jaxlm.config import check, defaults, flatten, nest, source
 
 NUMBER_OF_KEYS = 77  # outside the groups of the methods
@@ -94,6 +96,49 @@ def test_only_what_the_curve_depends_on_must_stay():
     old = {"seed": 0, "mesh.fsdp": 1, "log.every": 1, "workdir": "a"}
     assert configs.differences(old, old | {"mesh.fsdp": 8, "log.every": 5, "workdir": "b"}) == []
     assert configs.differences(old, old | {"seed": 1}) == ["seed: 0 there, 1 here"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optimizer.lr=3", "did you mean --config.optimizer.learning_rate?"),
+        ("--config.learning_rate=3", "did you mean --config.optimizer.learning_rate?"),
+        ("--config.optimizer.learning_rat=3", "did you mean --config.optimizer.learning_rate?"),
+        ("--config.data.mix.code.wieght=2", "did you mean --config.data.mix.code.weight?"),
+        ("--config.steps=abc", "--config.steps=abc: 'abc' is no whole number"),
+        ("--config.mesh.fsdp=1.5", "--config.mesh.fsdp=1.5: '1.5' is no whole number"),
+        ("--steps=40", "no flag --steps; keys are set like --config.steps=40"),
+        ("--config.data.add=x:y", "'x:y' is no source to add: write name:path:weight"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(flag, message, monkeypatch):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        parse(monkeypatch, flag)
+    said = str(error.value)
+    assert message in said
+    assert "\n" not in said
+    assert "could not convert" not in said
+
+
+def parse(monkeypatch, *given):
+    """As from a command line: ml_collections looks for overrides in sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["train", "--config=configs/quickstart.py", *given])
+    return configs.parse(sys.argv, "")[0]
+
+
+def test_a_recipe_promises_for_its_own_settings_only(monkeypatch):
+    same = parse(monkeypatch, "--config.workdir=x", "--config.log.every=5")
+    assert same.overridden == ()
+    other = parse(monkeypatch, "--config.steps=20")
+    assert other.overridden == ("steps",)
+    found = {"bits_per_char": {"code": 3.0, "prose": 3.0}}
+    assert "not judged" in summary.verdict(other, found)[0]
+    assert "not reached" in summary.verdict(same, found)[0]
+
+
+def test_what_a_source_of_a_recipe_changes_is_told_from_the_defaults(recipe):
+    assert "data.mix.a.glob" in check(recipe).changed
+    assert "data.mix.a.weight" not in check(recipe).changed
 
 
 def test_the_number_of_knobs_is_a_decision():

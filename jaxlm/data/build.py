@@ -5,7 +5,6 @@ tokenizer encodes the next chunk on all cores, in threads of its own (forking a 
 unsafe next to JAX), while this thread packs and writes the one before.
 """
 
-import concurrent.futures
 import hashlib
 import json
 import pathlib
@@ -27,10 +26,22 @@ def build_tokenizer(folder: pathlib.Path, spec: DataSpec, report: Progress) -> d
     if spec.tokenizer == "byte":
         tokenizer.save_byte(folder)
         return {}
+    for source in spec.sources:
+        probe(source, spec, report)
     texts = _training_texts(spec, report)
     note = f"training the tokenizer, {spec.vocabulary:,} token types"
     meter.while_reporting(lambda: tokenizer.train_bpe(texts, spec.vocabulary, folder), report, note)
     return {}
+
+
+def probe(source: sources.SourceSpec, spec: DataSpec, report: Progress) -> None:
+    """Reads the first document of a source, so that a wrong path or column is known at once.
+
+    Raises `ValueError` as the reader does, or when all rows are malformed.
+    """
+    tally = Tally()
+    if next(sources.read(source, tally, spec.held_out, report), None) is None:
+        tally.check(source.name, spec.skip_malformed, sources.remedy(source))
 
 
 def _training_texts(spec: DataSpec, report: Progress) -> Iterator[str]:
@@ -100,7 +111,7 @@ def build_records(
     progress = meter.Meter(report, f"{source.name}: tokenizing and packing", size)
     documents = held.rest(divided(source, spec.held_out, tally, report), progress)
     writer, packed = _pack_into(folder, documents, spec.length, source.max_tokens, tokens, progress)
-    tally.check(source.name, spec.skip_malformed)
+    tally.check(source.name, spec.skip_malformed, sources.remedy(source))
     if not writer.rows:
         raise ValueError(
             f"source {source.name!r} has no document to train on: of {tally.rows} rows "
@@ -154,7 +165,7 @@ def _pack_into(folder, documents, length, max_tokens, tokens, progress):
 
 def encoded(documents: Iterator[Document], tokens: tokenizer.Tokenizer, progress: meter.Meter):
     """(documents, their ids) chunk by chunk; the next chunk is encoded while one is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with meter.one_thread() as pool:
         before = None
         for chunk in chunks(documents):
             encoding = pool.submit(tokens.encode_batch, [document.text for document in chunk])

@@ -35,8 +35,7 @@ def cached(
     """The folder, built by `build(temporary folder) -> facts` unless it is there and whole."""
     if (facts := check(folder)[0]) is not None:
         return Found(folder, facts, True, "")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+    with _lock_file(folder) as lock:
         _wait(lock, what, progress)
         facts, trouble = check(folder)
         if facts is not None:
@@ -61,6 +60,17 @@ def cached(
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     return Found(folder, facts, False, note)
+
+
+def _lock_file(folder):
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return open(folder.parent / f".{folder.name}.lock", "w")
+    except OSError as error:
+        raise ValueError(
+            f"prepared data cannot be kept in {folder.parent} ({error.strerror}); set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def check(folder: pathlib.Path) -> tuple[dict | None, str]:

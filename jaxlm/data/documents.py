@@ -39,13 +39,13 @@ class Tally:
         if len(self.where) < 5:
             self.where.append(f"{where} ({why})")
 
-    def check(self, name: str, allowed: float) -> None:
+    def check(self, name: str, allowed: float, remedy: str = "Repair them") -> None:
         """Raises `ValueError` when more than the allowed share of the rows is malformed."""
         if self.malformed > allowed * self.rows:
             raise ValueError(
                 f"source {name!r}: {self.malformed} of {self.rows} rows are malformed, more than "
                 f"the allowed share skip_malformed={allowed:g}. The first: "
-                f"{'; '.join(self.where)}. Repair them, or raise skip_malformed."
+                f"{'; '.join(self.where)}. {remedy}, or raise skip_malformed."
             )
 
 

@@ -1,8 +1,9 @@
 """Tells a callback how far the work is, often enough that nobody wonders."""
 
 import concurrent.futures
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from jaxlm.data.documents import Progress
@@ -53,7 +54,19 @@ class Meter:
         self._report(total, total, note)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[concurrent.futures.Executor]:
+    """A pool of one thread; who leaves by an exception (Ctrl-C, say) does not wait for it."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def while_reporting(work: Callable[[], T], report: Progress, note: str) -> T:
     """Runs `work` in a thread, so that this one can say that it goes on."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with one_thread() as pool:
         return Meter(report, note).wait(pool.submit(work))

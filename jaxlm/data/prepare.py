@@ -53,19 +53,24 @@ class Prepared:
 def prepare(
     spec: DataSpec,
     cache: os.PathLike | str,
-    workers: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Builds or finds the tokenizer and every source's records; `workers` 0 = all cores."""
-    if workers:
-        os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # read at the first encoding
+    """Builds or finds the tokenizer and every source's records.
+
+    Raises `ValueError` for a source that cannot be read: before anything is built, where its first
+    rows show it.
+    """
     root, report = pathlib.Path(cache).expanduser(), throttled(progress)
     prints = {source.name: sources.fingerprint(source) for source in spec.sources}
     folder = _tokenizer_folder(spec, prints, root, report)
     tokens = tokenizer.load(folder.folder, spec.tokenizer)
+    folders = [_source_folder(spec, s, prints[s.name], tokens, root) for s in spec.sources]
+    for source, records in zip(spec.sources, folders, strict=True):
+        if not records.is_dir():
+            build.probe(source, spec, report)
     found = [
-        _source_folder(spec, source, prints[source.name], tokens, root, report)
-        for source in spec.sources
+        _source(spec, source, records, tokens, report)
+        for source, records in zip(spec.sources, folders, strict=True)
     ]
     card = _card(spec, tokens, found)
     every = (folder, *found)
@@ -90,9 +95,12 @@ def _tokenizer_folder(spec: DataSpec, prints, root: pathlib.Path, report: Progre
     return cached(folder, "tokenizer", make, report)
 
 
-def _source_folder(spec, source, fingerprint, tokens, root, report) -> Found:
+def _source_folder(spec, source, fingerprint, tokens, root) -> pathlib.Path:
     about = (_content(source), source.max_tokens, spec.held_out, spec.skip_malformed)
-    folder = root / "records" / _key(fingerprint, about, tokens.hash, spec.length)
+    return root / "records" / _key(fingerprint, about, tokens.hash, spec.length)
+
+
+def _source(spec, source, folder, tokens, report) -> Found:
     make = functools.partial(
         build.build_records, spec=spec, source=source, tokens=tokens, report=report
     )

@@ -57,13 +57,20 @@ def parse_added(text: str) -> tuple[SourceSpec, ...]:
         name, _, rest = item.partition(":")
         path, _, weight = rest.rpartition(":")
         try:
-            specs.append(SourceSpec(name.strip(), path.strip(), float(weight)))
+            specs.append(SourceSpec(name.strip(), path.strip(), _weight(weight)))
         except ValueError as error:
             raise ValueError(
                 f"{item!r} is no source to add: write name:path:weight, such as "
                 f"notes:/data/notes.jsonl:0.5, with a comma between several ({error})"
             ) from None
     return tuple(specs)
+
+
+def _weight(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no weight") from None
 
 
 def files(spec: SourceSpec) -> list[pathlib.Path]:
@@ -142,6 +149,14 @@ def read(
             tally.filtered += 1
         else:
             yield document
+
+
+def remedy(spec: SourceSpec) -> str:
+    """What to do about rows that cannot be read."""
+    folder = spec.source not in BUILT_IN and not is_tfds(spec)
+    if folder and pathlib.Path(spec.source).expanduser().is_dir():
+        return "Leave such files out with glob, as in glob='**/*.txt', or repair them"
+    return "Repair them"
 
 
 def _from_files(spec: SourceSpec, tally: Tally) -> Iterator[Document]:

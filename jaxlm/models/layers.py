@@ -222,3 +222,25 @@ def product(equation, x, y, *logical, **options):
         spec = sharding.spec_of(*logical)
         return jnp.einsum(equation, x, y, out_sharding=spec, **options)
     return sharding.constrain(jnp.einsum(equation, x, y, **options), *logical)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def float32_product(equation, x, kernel):
+    """`jnp.einsum` with a float32 result, whose gradient runs in the dtype of x.
+
+    JAX would make both products of the gradient float32, as the cotangent is: in bfloat16 the loss
+    then takes 1.8 times as long on a CPU.
+    """
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+
+
+def _float32_forward(equation, x, kernel):
+    return float32_product(equation, x, kernel), (x, kernel)
+
+
+def _float32_backward(equation, saved, d_y):
+    _, backward = jax.vjp(lambda x, kernel: jnp.einsum(equation, x, kernel), *saved)
+    return backward(d_y.astype(saved[0].dtype))
+
+
+float32_product.defvjp(_float32_forward, _float32_backward)

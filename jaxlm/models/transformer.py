@@ -63,7 +63,7 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden):
         table_VD = layers.gathered(self.table, hidden.dtype, "vocabulary", "embed")
-        return jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+        return layers.float32_product("...D,VD->...V", hidden, table_VD)
 
 
 class Head(nnx.Module):
@@ -76,7 +76,7 @@ class Head(nnx.Module):
 
     def logits(self, hidden):
         kernel_DV = layers.gathered(self.kernel, hidden.dtype, *layers.KERNEL_AXES["head"])
-        return jnp.einsum("...D,DV->...V", hidden, kernel_DV, preferred_element_type=jnp.float32)
+        return layers.float32_product("...D,DV->...V", hidden, kernel_DV)
 
 
 class Ends(nnx.Module):

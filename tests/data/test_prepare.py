@@ -13,7 +13,7 @@ import time
 import pytest
 from small import prepared, spec_of, texts, write_jsonl
 
-from jaxlm.data import cache, documents
+from jaxlm.data import cache, documents, meter
 from jaxlm.data.prepare import prepare
 from jaxlm.data.sources import SourceSpec
 from jaxlm.data.spec import DataSpec
@@ -201,6 +201,38 @@ def test_malformed_rows_become_a_note_or_an_error(tmp_path):
     with pytest.raises(ValueError, match=rf"1 of 61 rows are malformed.*{path}:61"):
         prepare(strict, tmp_path / "cache")
     assert prepare(spec, tmp_path / "cache").notes == (note,)  # said again on a warm start
+
+
+def test_a_source_that_cannot_be_read_is_told_before_anything_is_built(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", texts(20))
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    sources = (SourceSpec("good", str(good)), SourceSpec("bad", str(bad)))
+    for tokenizer in ("byte", "bpe"):
+        with pytest.raises(ValueError, match=r"picture\.png.*glob"):
+            prepare(DataSpec(sources, tokenizer=tokenizer, length=16), tmp_path / "cache")
+        assert not [*(tmp_path / "cache" / "records").glob("*")]
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    source = SourceSpec("a", str(write_jsonl(tmp_path / "a.jsonl", texts(5))))
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+        prepare(DataSpec((source,), tokenizer="byte", length=16), tmp_path / "cache")
+
+
+def test_an_interrupt_does_not_wait_for_the_tokenizer():
+    stop = threading.Event()
+
+    def interrupted(done, total, note):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        meter.while_reporting(lambda: stop.wait(30), interrupted, "work")
+    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    assert waiting, "it should be left to itself"
+    stop.set()
 
 
 def test_nothing_held_out_is_said(tmp_path):

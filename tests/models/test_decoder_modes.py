@@ -133,6 +133,25 @@ def test_bfloat16_computes_and_params_stay_float32():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_has_float32_logits_and_a_gradient_in_the_compute_dtype(tied):
+    lm, params, _ = build(toy(dtype="bfloat16", tied=tied))
+    hidden = jnp.zeros((2, 3, 32), jnp.bfloat16)
+    scale = lambda hidden, params: lm.unembed(params, hidden).sum()
+    jaxpr = jax.make_jaxpr(jax.grad(scale, argnums=(0, 1)))(hidden, params).jaxpr
+    products = [e for e in jax.tree.leaves(jaxpr.eqns) if e.primitive.name == "dot_general"]
+    assert products
+    assert all(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars)
+    exact, exact_params, _ = build(toy(tied=tied))
+    hidden = jax.random.normal(jax.random.key(1), hidden.shape)
+    key = "embed" if tied else "head"
+    grads = jax.grad(lambda p: jnp.sin(exact.unembed(p, hidden)).sum())(exact_params)
+    kernel = exact_params["embed"]["table"].T if tied else exact_params["head"]["kernel"]
+    by_hand = jnp.einsum("BLD,BLV->DV", hidden, jnp.cos(hidden @ kernel))
+    found = jax.tree.leaves(grads[key])[0]
+    np.testing.assert_allclose(found.T if tied else found, by_hand, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_no_dtype_is_promoted_silently(dtype, param_dtype):
