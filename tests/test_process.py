@@ -218,7 +218,7 @@ def test_unused_gpu_is_named_with_the_remedy(monkeypatch):
     assert 'pip install "jax[cuda12]"' in text
     assert process.unused_accelerator([Device("gpu")]) is None
     monkeypatch.setattr(hardware, "nvidia_gpu", lambda: "")
-    monkeypatch.setattr(hardware, "_tpu_is_here", lambda: True)
+    monkeypatch.setattr(hardware, "tpu_is_here", lambda: True)
     assert "jax[tpu]" in process.unused_accelerator([Device("cpu")])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the user's own choice
     assert process.unused_accelerator([Device("cpu")]) is None
@@ -238,7 +238,7 @@ def test_libtpu_without_a_tpu_is_not_started(monkeypatch, here, wanted):
     monkeypatch.setenv("JAX_PLATFORMS", "x")
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(hardware, "_has", here.__contains__)
-    monkeypatch.setattr(hardware, "_tpu_is_here", lambda: "tpu" in here)
+    monkeypatch.setattr(hardware, "tpu_is_here", lambda: "tpu" in here)
     monkeypatch.setattr(hardware, "nvidia_gpu", lambda: "gpu" if "gpu" in here else "")
     hardware.avoid_absent_tpu()
     assert os.environ.get("JAX_PLATFORMS") == wanted

@@ -11,11 +11,12 @@ def avoid_absent_tpu() -> None:
     """Without a TPU libtpu prints alarming errors before JAX falls back to what is there."""
     if "JAX_PLATFORMS" in os.environ or "PJRT_DEVICE" in os.environ:
         return
-    if _has("libtpu") and not (_has("jax_plugins") or _tpu_is_here() or nvidia_gpu()):
+    if _has("libtpu") and not (_has("jax_plugins") or tpu_is_here() or nvidia_gpu()):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def _tpu_is_here():
+def tpu_is_here() -> bool:
+    """Whether a TPU is attached to this machine, or its environment speaks of one."""
     devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(devices) or any(name.startswith(("TPU_NAME", "TPU_WORKER")) for name in os.environ)
 
@@ -43,7 +44,7 @@ def unused_accelerator(devices) -> str | None:
         else:
             remedy = f'{sys.executable} -m pip install "jax[cuda12]" lets JAX use it'
         return f"this machine has a GPU ({gpu}), and the run is on the CPU: {remedy}"
-    if _tpu_is_here() and not _has("libtpu"):
+    if tpu_is_here() and not _has("libtpu"):
         remedy = f'{sys.executable} -m pip install "jax[tpu]" lets JAX use it'
         return f"this machine seems to have a TPU, and the run is on the CPU: {remedy}"
     return None

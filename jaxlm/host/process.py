@@ -6,8 +6,8 @@
     if __name__ == "__main__":
         process.run(main)
 
-An environment variable that the user has set is never changed; JAXLM_HUGE_PAGES=0 and
-JAXLM_VERBOSE=1 switch the two larger liberties off.
+What the user has set in the environment is never changed; JAXLM_HUGE_PAGES=0, JAXLM_VERBOSE=1 and
+JAXLM_COMPILER_FLAGS=0 switch the larger liberties off.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from jaxlm.host import hardware, hugepages
+from jaxlm.host import flags, hardware, hugepages
 from jaxlm.host.hardware import unused_accelerator
 
 __all__ = ["cache_dir", "command", "crash_folder", "notes", "run", "start", "unused_accelerator"]
@@ -73,6 +73,7 @@ def start(name: str) -> None:
         _quiet()
     os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # tracebacks go to a file: whole ones
     hardware.avoid_absent_tpu()
+    notes.extend(flags.use(cache_dir() / "flags"))
     _keep_compiled_programs()
 
 
