@@ -95,7 +95,8 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
             f"config.model.vocabulary={model.vocabulary} is smaller than the tokenizer's, "
             f"{vocabulary}; 0 takes the tokenizer's"
         )
-    lm = decoder(model, sharding.platform(mesh))
+    packed = not run.data.attend_across_documents
+    lm = decoder(model, sharding.platform(mesh), packed=packed, sequence=mesh.shape["sequence"])
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
     if run.method.wrap:
         tx = run.method.wrap(tx)

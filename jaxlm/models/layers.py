@@ -137,10 +137,6 @@ class SelfAttention(nnx.Module):
             query_BLHK, key_BLGK = self.query_norm(query_BLHK), self.key_norm(key_BLGK)
         query_BLHK = turn(query_BLHK, context.turns_BLK)
         key_BLGK = turn(key_BLGK, context.turns_BLK)
-        # Any query may see any key: where positions are split over devices, keys are gathered.
-        key_BLGK, value_BLGK = (
-            sharding.constrain(x, "batch", None, "kv_heads", None) for x in (key_BLGK, value_BLGK)
-        )
         mixed_BLHK = attention(
             *(checkpoint_name(x, "attention") for x in (query_BLHK, key_BLGK, value_BLGK)),
             segments_BL=context.segments_BL,

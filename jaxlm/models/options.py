@@ -63,26 +63,39 @@ class DecoderConfig:
     loss_chunk: int = 0  # tokens whose logits exist at one time; 0 = all
 
 
-def resolve(config: DecoderConfig, platform: str) -> DecoderConfig:
-    """Fills in what zeros and autos stand for. Raises `ValueError` for what cannot be built."""
+def resolve(
+    config: DecoderConfig, platform: str, *, packed: bool = True, sequence: int = 1
+) -> DecoderConfig:
+    """Fills in what zeros and autos stand for. Raises `ValueError` for what cannot be built.
+
+    `packed`: rows may hold several documents. `sequence`: size of that mesh axis.
+    """
     known("activation", config.activation, ACTIVATIONS)
     known("remat", config.remat, REMAT)
     known("dtype", config.dtype, DTYPES)
     known("param_dtype", config.param_dtype, DTYPES)
     known("scan_layers", config.scan_layers, ("auto", "on", "off"))
-    known("attention", config.attention, ("auto", *attention.usable(platform)))
     _refuse_signs(config)
     _refuse_heads(config)
     gated = ACTIVATIONS[config.activation][1]
     ffn_width = -(-8 * config.width // (3 * 64)) * 64 if gated else 4 * config.width
     scan = "on" if platform == "tpu" else "off"
+    head_width = config.head_width or config.width // config.heads
+    needs = attention.Needs(
+        window=config.window,
+        soft_cap=config.attention_soft_cap,
+        packed=packed,
+        sequence=sequence,
+        dtype=config.dtype,
+        head_width=head_width,
+    )
     return dataclasses.replace(
         config,
         kv_heads=config.kv_heads or config.heads,
-        head_width=config.head_width or config.width // config.heads,
+        head_width=head_width,
         ffn_width=config.ffn_width or ffn_width,
         scan_layers=scan if config.scan_layers == "auto" else config.scan_layers,
-        attention=attention.resolve(config.attention, platform),
+        attention=attention.resolve(config.attention, platform, needs),
     )
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import layers
+from jaxlm.models import attention_ring, layers
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 
 __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers", "unstack_layers"]
@@ -88,12 +88,13 @@ class Ends(nnx.Module):
         self.head = None if config.tied else Head(config, rngs)
 
 
-def decoder(config: DecoderConfig, platform: str) -> LM:
+def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequence: int = 1) -> LM:
     """The language model of a config on a platform: `cpu`, `gpu` or `tpu`.
 
-    Raises `ValueError` for shapes that cannot be and names that are not known.
+    `packed`: rows may hold several documents. `sequence`: devices that split the positions of a
+    row. Raises `ValueError` for shapes that cannot be and names that are not known.
     """
-    config = resolve(config, platform)
+    config = resolve(config, platform, packed=packed, sequence=sequence)
     init_ends, ends_of = functional(lambda rngs: Ends(config, rngs))
     init_block, block_of = functional(lambda rngs: Block(config, rngs))
     scanned = config.scan_layers == "on"
@@ -106,6 +107,8 @@ def decoder(config: DecoderConfig, platform: str) -> LM:
 
     def hidden(params, batch, key=None):
         del key  # nothing here is random
+        balanced = config.attention == "ring" and attention_ring.can_balance(batch["tokens"])
+        batch = attention_ring.balance(batch) if balanced else batch
         ends = ends_of(_without_blocks(params))
         context = _context(config, batch)
 
@@ -115,7 +118,8 @@ def decoder(config: DecoderConfig, platform: str) -> LM:
 
         x_BLD = ends.embed(batch["tokens"])
         x_BLD, taps = _through(rematerialized(block, config), x_BLD, params["blocks"], scanned)
-        return ends.final_norm(x_BLD), {"blocks": taps}, {}
+        x_BLD = ends.final_norm(x_BLD)
+        return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
 
     def unembed(params, hidden):
         ends = ends_of(_without_blocks(params))

@@ -17,9 +17,9 @@ def toy(**options) -> DecoderConfig:
 
 
 @functools.cache
-def build(config: DecoderConfig):
+def build(config: DecoderConfig, sequence=1):
     """LM, its initial params, and jitted (params, batch) -> logits."""
-    lm = decoder(config, "cpu")
+    lm = decoder(config, "cpu", sequence=sequence)
     logits = jax.jit(lambda params, batch: lm.unembed(params, lm.hidden(params, batch)[0]))
     return lm, jax.jit(lm.init)(jax.random.key(0)), logits
 
