@@ -31,7 +31,7 @@ def on_each_device(
     Rows come whole, or with `split_length` in the runs that the axis of "length" splits them in.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or (mesh.size == 1 and not mesh.are_all_axes_explicit):
         return attend(query_BLHK, key_BLGK, value_BLGK, *tokens_BL)
     B, L, H, _ = query_BLHK.shape
     rows = _axes(mesh, "batch", B)
