@@ -42,12 +42,24 @@ class Built(NamedTuple):
         )
         return step, make_between(self.run.method, shardings=shardings)
 
+    def rows_here(self) -> np.ndarray:
+        """Which rows of a global batch the devices of this process hold, in order."""
+        rows = np.arange(self.run.rows)
+        places = sharding.batch_sharding(self.mesh).addressable_devices_indices_map(rows.shape)
+        return np.unique(np.concatenate([rows[place] for place in places.values()]))
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows of a batch, onto the mesh."""
-        rows = sharding.batch_sharding(self.mesh)
+        """The rows of a batch that this process needs (`rows_here`), onto the mesh."""
+        layout = sharding.batch_sharding(self.mesh)
         if jax.process_count() == 1:
-            return jax.device_put(batch, rows)
-        return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+            return jax.device_put(batch, layout)
+        all_rows, here = np.arange(self.run.rows), self.rows_here()
+
+        def make(value):
+            part = lambda place: value[np.searchsorted(here, all_rows[place[0]])]
+            return jax.make_array_from_callback((len(all_rows), *value.shape[1:]), layout, part)
+
+        return {name: make(value) for name, value in batch.items()}
 
     def put_whole(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch that every host holds whole, onto the mesh."""

@@ -43,6 +43,7 @@ class Journal:
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.learning_rates, self.weights = learning_rates, weights
         self.skipped_in_row = 0  # updates, at most, in the steps fetched last
+        self.skipping = False  # whether the last of them was skipped: the same in all processes
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._since = time.monotonic()
         self._fastest = float("inf")  # seconds a step
@@ -77,6 +78,7 @@ class Journal:
             for kind, spent in self.clock.drain().items():
                 self.writer.event(kind, spent, numbers[-1])
         self.skipped_in_row = max(int(metrics["skipped_in_row"]) for metrics in fetched)
+        self.skipping = int(fetched[-1]["skipped_in_row"]) > 0
         self._say(lines[-1])
 
     def pause(self):

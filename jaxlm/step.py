@@ -80,7 +80,8 @@ def make_step(
         }
         return TrainState(state.step + 1, params, opt_state, state.extras, guard), metrics
 
-    out = None if shardings is None else (shardings, None)
+    # The metrics whole on every device: each process reads them from its own.
+    out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 

@@ -1,8 +1,9 @@
 """Prepared records -> the batches of one host, from any position on.
 
 Grain carries indices only: per source seed, shuffle, repeat; then one selection map for the mixture
-and for the rows of this host, which are contiguous in each global batch. The records of a batch are
-read in one call a source and decoded together, so the cost per row stays small at any length.
+and for the rows of this host, in the order that they have in each global batch. The records of a
+batch are read in one call a source and decoded together, so the cost per row stays small at any
+length.
 """
 
 import itertools
@@ -22,8 +23,8 @@ ENDLESS = 2**40  # rows; Grain wants a length
 class HostRows(grain.transforms.DatasetSelectionMap):
     """This host's i-th row since `position` -> (source, row number in its shuffled epochs).
 
-    Host h of n takes rows h*k to h*k + k of every global batch, k = rows / n, so that the global
-    batch put together from all hosts is the one that a single host would have.
+    It takes the rows `mine` of every global batch, so that the batch put together from all hosts
+    is the one that a single host would have.
     """
 
     def __init__(
@@ -32,19 +33,17 @@ class HostRows(grain.transforms.DatasetSelectionMap):
         sources: Sequence[PreparedSource],
         rows: int,
         position: int,
-        process_index: int,
-        process_count: int,
+        mine: Sequence[int],
     ):
         self._schedule, self._sources, self._limits = schedule, sources, mix.limits(sources)
-        self._rows, self._mine = rows, rows // process_count
-        self._first = position + process_index * self._mine
+        self._rows, self._position, self._mine = rows, position, mine
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, self._mine)
-        source, taken = self._schedule[self._first + batch * self._rows + row]
+        batch, i = divmod(index, len(self._mine))
+        source, taken = self._schedule[self._position + batch * self._rows + self._mine[i]]
         limit = self._limits[source]
         if limit is not None and taken >= limit:
             found = self._sources[source]
@@ -95,28 +94,29 @@ def batches(
     seed: int,
     stages: Sequence[mix.Stage] = (),
     attend_across_documents: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: Sequence[int] | None = None,
     threads: int = 1,
     prefetch: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of this host's `rows` / `process_count` rows, from row `position` on.
+    """Endless batches of the rows that this host needs, from row `position` on.
 
-    `rows` is the global batch. After n batches the position is `position + n * rows`, whatever the
-    number of hosts; nothing else has to be stored. `stages` come from `mix.parse_stages`, empty =
-    the weights of the sources. A thread prepares up to `prefetch` batches ahead; 0 threads = none.
+    `rows` is the global batch, `mine` the numbers of its rows to give; None = all. After n batches
+    the position is `position + n * rows`, whatever the number of hosts; nothing else has to be
+    stored. `stages` come from `mix.parse_stages`, empty = the weights of the sources. A thread
+    prepares up to `prefetch` batches ahead; 0 threads = none.
     """
-    if rows <= 0 or rows % process_count:
-        raise ValueError(f"batch {rows} must be divisible by the {process_count} processes")
+    mine = range(rows) if mine is None else [int(row) for row in mine]
+    if not mine or min(mine) < 0 or max(mine) >= rows:
+        raise ValueError(f"a batch of {rows} rows has no rows {list(mine)}")
     names = [source.name for source in prepared.sources]
     weights = {source.name: source.weight for source in prepared.sources}
     schedule = mix.Schedule(stages or mix.parse_stages("", weights, 0), names)
-    mine = HostRows(schedule, prepared.sources, rows, position, process_index, process_count)
+    chosen = HostRows(schedule, prepared.sources, rows, position, mine)
     firsts = itertools.accumulate((source.rows for source in prepared.sources), initial=0)
     shuffled = [_shuffled(*each, seed) for each in zip(prepared.sources, firsts, strict=False)]
-    mixed = grain.MapDataset.select_from_datasets(shuffled, mine)
+    mixed = grain.MapDataset.select_from_datasets(shuffled, chosen)
     gather = Gather(prepared.sources, attend_across_documents)
-    batched = mixed.batch(rows // process_count, batch_fn=gather)
+    batched = mixed.batch(len(mine), batch_fn=gather)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
     )

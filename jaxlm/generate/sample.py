@@ -3,6 +3,8 @@
 L window length, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,10 @@ def make_sampler(lm: LM, length: int, *, temperature: float = 1.0, top_k: int = 
     Sampling ends after `tokens` new ids or at the id `stop`.
     """
 
-    @jax.jit
+    mesh = jax.sharding.get_mesh()
+    whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())  # for every process to read
+
+    @functools.partial(jax.jit, out_shardings=whole)
     def next_id(params, window_L, used, key):
         place = jnp.arange(length)
         batch = {

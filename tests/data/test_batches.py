@@ -38,8 +38,14 @@ def joined(parts):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_are_one_host_in_the_same_order(data, hosts):
-    parts = [take(data, 9, process_index=h, process_count=hosts) for h in range(hosts)]
+    k = 8 // hosts
+    parts = [take(data, 9, mine=range(h * k, h * k + k)) for h in range(hosts)]
     same(joined(parts), take(data, 9))
+
+
+def test_a_host_may_need_any_rows(data):
+    whole, some = take(data, 5), take(data, 5, mine=[1, 2, 6])
+    same([{k: v[[1, 2, 6]] for k, v in batch.items()} for batch in whole], some)
 
 
 @pytest.mark.parametrize("position", [0, 8, 24, 13, 400])
@@ -111,9 +117,10 @@ def test_a_limited_source_ends_with_a_message(data):
         take(limited, rows + 1, rows=1, stages=STAGES[:1])
 
 
-def test_the_batch_must_divide_among_the_processes(data):
-    with pytest.raises(ValueError, match="batch 8 must be divisible by the 3 processes"):
-        take(data, 1, process_count=3)
+@pytest.mark.parametrize("mine", [[], [8], [-1]])
+def test_rows_beyond_the_batch_are_refused(data, mine):
+    with pytest.raises(ValueError, match="a batch of 8 rows has no rows"):
+        take(data, 1, mine=mine)
 
 
 def test_the_epoch_of_a_source_is_its_documents(data):
