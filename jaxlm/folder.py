@@ -20,6 +20,7 @@ from jaxlm import __version__
 from jaxlm import config as configs
 from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.config import Run
+from jaxlm.host import cluster
 from jaxlm.models.transformer import parameter_count_by_part
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -41,7 +42,7 @@ def claim(run: Run):
         ) from None
     with lock:
         try:
-            if jax.process_index() == 0:
+            if cluster.process() == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
@@ -110,7 +111,7 @@ def skipped_too_often(run: Run, times: int, checkpoint: int | None) -> str:
 def write_run(built, prepared, flops: float, peak: tuple[float, str], command: str) -> None:
     """Writes run.json: what runs here, on what, made of what. The first start's date is kept."""
     run, path = built.run, built.run.workdir / "run.json"
-    if jax.process_index() != 0:
+    if cluster.process() != 0:
         return
     _copy_tokenizer(prepared.tokenizer_folder, run.workdir / "tokenizer")
     parts = parameter_count_by_part(built.abstract.params)
@@ -155,7 +156,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def write_results(run: Run, results: dict[str, Any]) -> None:
     """Writes results.json, whose presence says that the run is finished."""
-    if jax.process_index() == 0:
+    if cluster.process() == 0:
         write(run.workdir / "results.json", results)
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlm.build import Built
@@ -17,6 +16,7 @@ from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.generate.sample import make_sampler
+from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
 from jaxlm.metrics import Clock, Writer
@@ -55,7 +55,8 @@ class Observer:
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._compress, daemon=True)
-        self._thread.start()
+        if cluster.process() == 0:  # only its results are written down
+            self._thread.start()
 
     @property
     def context(self) -> str:
@@ -146,7 +147,8 @@ class Observer:
         samples = self.sample(run.steps, state) if run.steps in self.sample_at else []
         self.console.note("waiting for xz")
         with self.clock("compressors"):
-            self._thread.join()
+            if self._thread.ident:
+                self._thread.join()
         per_char = {
             k.removeprefix("bits_per_char/"): v
             for k, v in self.figures.items()
@@ -178,9 +180,8 @@ class Observer:
             self._compressed = json.loads(path.read_text())
         except (OSError, ValueError):
             self._compressed = compressor_table(self.held.sources, self._seen)
-            if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(self._compressed))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._compressed))
 
     def _seen(self, name):
         """What the model trained on of this source; "" if that is too much to prime xz with."""

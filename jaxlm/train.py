@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm import folder, report, sharding, summary
+from jaxlm import folder, report, sharding, summary, together
 from jaxlm.build import Built, build
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
 from jaxlm.contract import TrainState
 from jaxlm.data.batches import batches
 from jaxlm.data.mix import parse_stages
-from jaxlm.data.prepare import Prepared, prepare
+from jaxlm.data.prepare import Prepared
 from jaxlm.flops import count_flops, peak_flops
+from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.signals import Signals
 from jaxlm.journal import Journal
@@ -55,12 +56,13 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         if idle := process.unused_accelerator(jax.devices()):
             console.warn(idle)
         with clock("setup"):
-            peak = peak_flops(jax.devices()[0], run.model.dtype)
+            peak = peak_flops(jax.local_devices()[0], run.model.dtype)
         console.say(f"  {summary.machine(mesh, peak, run.model.dtype)}")
 
     # ------------------------------------------------ 2 data
     with console.phase(2, PHASES, "data", "preparing the mixture"), clock("data"):
-        prepared = prepare(run.data, process.cache_dir() / "data", progress=_ticker(console))
+        cache = process.cache_dir() / "data"
+        prepared = together.prepare_data(run, cache, _ticker(console))
         if prepared.cached:
             console.say("  found prepared in the cache; nothing had to be built")
         summary.data_card(console, prepared, run)
@@ -95,7 +97,7 @@ def _train(
         observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
-        rows = feed(run, prepared, start if start < run.steps else 0)
+        rows = feed(run, prepared, start if start < run.steps else 0, built.rows_here())
         with clock("compile"):
             batch = built.put(next(rows))
             traced = step_fn.trace(state, batch, key)
@@ -139,7 +141,7 @@ def _train(
                 resume()
             if (step + 1) % run.checkpoint.every == 0:
                 journal.fetch()
-                if not journal.skipped_in_row:  # else the params may be what is wrong
+                if not journal.skipping:  # else the params may be what is wrong
                     resume = journal.pause()
                     with clock("checkpoint"):
                         save(built, prepared, checkpoints, state, observer.figures_at(step + 1))
@@ -154,9 +156,9 @@ def _train(
         with clock("checkpoint"):
             save(built, prepared, checkpoints, state, observer.figures_at(int(state.step)))
             checkpoints.wait()
-        if signal := signal or signals.stop_requested(int(state.step)):
+        if signal := signal or signals.at_the_end():
             writer.event("interrupt", step=int(state.step))
-            report.write(run.workdir)
+            _page(run)
     if signal:
         console.say(folder.how_to_continue(run, int(state.step), signal, command))
         return EXIT[signal]
@@ -171,13 +173,16 @@ def _train(
             writer.event(kind, spent, run.steps)
         writer.flush()
         folder.write_results(run, results)
-        page = report.write(run.workdir)
+        page = _page(run)
     summary.farewell(console, run, results, page)
     return 0
 
 
-def feed(run: Run, prepared: Prepared, step: int):
-    """Batches from the place in the data where a run stands after that many steps: one integer."""
+def feed(run: Run, prepared: Prepared, step: int, mine=None):
+    """Batches from the place in the data where a run stands after that many steps: one integer.
+
+    `mine`: the rows of each that this process needs; None = all.
+    """
     weights = {source.name: source.weight for source in prepared.sources}
     return batches(
         prepared,
@@ -186,8 +191,7 @@ def feed(run: Run, prepared: Prepared, step: int):
         seed=run.seed,
         stages=parse_stages(run.data.stages, weights, run.steps * run.rows),
         attend_across_documents=run.data.attend_across_documents,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        mine=mine,
     )
 
 
@@ -258,8 +262,14 @@ def _checkpoints(run, console):
     )
 
 
+def _page(run):
+    if cluster.process() == 0:
+        report.write(run.workdir)
+    return run.workdir / "report.html"
+
+
 def _writer(run):
-    quiet = jax.process_index() > 0
+    quiet = cluster.process() > 0
     return Writer(run.workdir, run.log.tensorboard, run.log.wandb, run.config, quiet)
 
 
@@ -269,19 +279,29 @@ def _ticker(console):
 
 def main() -> int:
     run, flags = configs.parse(sys.argv, __doc__)
-    if flags.dry_run:
-        return train(run, Console(), dry_run=True)
-    with folder.claim(run), Console(quiet=jax.process_index() > 0) as console:
-        if finished := folder.finished(run):
-            if not folder.page_is_newest(run):  # stopped while it was written
-                report.write(run.workdir)
-            console.say(finished)
-            return 0
-        console.log_to(run.workdir / "train.log")
-        process.crash_folder(run.workdir)
-        for note in process.notes:
-            console.warn(note)
-        return train(run, console, command=process.command())
+    if where := cluster.place():
+        process.hush_libraries()
+    with Console(quiet=bool(where and where.process)) as console:
+        if where:
+            together.join(where, run, console)
+        if flags.dry_run:
+            return train(run, console, dry_run=True)
+        with folder.claim(run):
+            together.require_one_workdir(run)
+            return _work(run, console)
+
+
+def _work(run: Run, console: Console) -> int:
+    if finished := folder.finished(run):
+        if not folder.page_is_newest(run):  # stopped while it was written
+            _page(run)
+        console.say(finished)
+        return 0
+    console.log_to(run.workdir / "train.log")
+    process.crash_folder(run.workdir)
+    for note in process.notes:
+        console.warn(note)
+    return train(run, console, command=process.command())
 
 
 if __name__ == "__main__":

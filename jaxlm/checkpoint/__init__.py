@@ -8,6 +8,10 @@
 
 A checkpoint is a folder named by its step: its trees of arrays (`storage`) and a digest (`digest`)
 that makes it count. Old ones are removed only after the new one has its digest.
+
+Several processes write and hash a checkpoint together, into one folder that all of them see; what
+is done to whole folders process 0 does alone, and all agree on which checkpoints are good. All call
+the same functions in the same order.
 """
 
 import math
@@ -17,13 +21,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from jaxlm.checkpoint import digest as digests
 from jaxlm.checkpoint import storage
 from jaxlm.checkpoint.digest import Damaged
 from jaxlm.checkpoint.storage import SaveError
+from jaxlm.host import cluster
 
 
 class Checkpoints:
@@ -52,6 +54,7 @@ class Checkpoints:
         self._at: int | None = None  # the step that was saved or restored last
         self._tidied = False
         self._metrics: dict[int, dict[str, float]] = {}  # of the steps known to be good
+        self._saving: dict[int, dict[str, float]] = {}  # of the one that is or was written last
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -60,7 +63,10 @@ class Checkpoints:
 
     def __exit__(self, kind, value, traceback):
         try:
-            self.wait()
+            if kind is not None and cluster.several():  # the others do not know yet: cannot agree
+                self._join()
+            else:
+                self.wait()
         except SaveError as error:
             if kind is None:
                 raise
@@ -86,6 +92,7 @@ class Checkpoints:
             storage.remove_leftovers(self.directory)
             self._tidied = True
         self._move_aside(step)
+        cluster.share()  # nobody writes before process 0 has made room
         folder = self.directory / str(step)
         record = storage.record(step, items, about, metrics or {})
         response = storage.start(folder, items)
@@ -93,30 +100,46 @@ class Checkpoints:
         def finish():
             try:
                 storage.finish(response, folder, record)
-                if jax.process_count() == 1:  # otherwise good only once all digests are there
+                if not cluster.several():  # otherwise good only once all digests are there
                     self._metrics[step] = record.metrics
                 self._prune()
             except Exception as error:  # raised again by wait()
                 self._error = error
+                if cluster.several():  # which no other process would come to: its save waits for us
+                    cluster.fail(f"error: {error}")
 
-        self._at = step
+        self._at, self._saving = step, {step: record.metrics}
         self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
         self._thread.start()
 
     def wait(self) -> None:
         """Returns when the last save has its digest on disk. Raises `SaveError` if it failed."""
+        if self._join():
+            cluster.share()  # the digests of all processes are there
+            self._metrics |= self._saving
+
+    def _join(self):
+        """Whether there was a save to wait for."""
+        waited = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if jax.process_count() > 1 and self._error is None:
-                multihost_utils.sync_global_devices("the digests of all processes")
         if self._error is not None:
             error, self._error, self._at = self._error, None, None
             raise error
+        return waited
 
     def inspect(self) -> dict[int, str]:
-        """Every checkpoint here -> why it cannot be used; "" = it can."""
-        return {step: self._problem(step) for step in _numbered(self.directory)}
+        """Every checkpoint here -> why it cannot be used; "" = it can. The processes share the work
+        of finding out."""
+        steps = cluster.broadcast(_numbered(self.directory))
+        mine = [self._problem(step, cluster.process(), cluster.count()) for step in steps]
+        found = dict(
+            zip(steps, map(cluster.first, zip(*cluster.share(mine), strict=True)), strict=True)
+        )
+        for step in [s for s, problem in found.items() if problem]:
+            self._metrics.pop(step, None)
+        return found
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints verify, in order; says which others are skipped, and why."""
@@ -149,7 +172,9 @@ class Checkpoints:
         names, shapes or dtypes are not those saved; with `part`, a tree may leave arrays out.
         """
         self.wait()
-        trees = storage.load(self.directory / str(step), abstract, self.verify, part)
+        # Several processes have just checked it, each its part; each would check the whole now.
+        verify = "sizes" if cluster.several() and step in self._metrics else self.verify
+        trees = storage.load(self.directory / str(step), abstract, verify, part)
         self._at = step
         return trees
 
@@ -157,9 +182,12 @@ class Checkpoints:
         """Saves a tree that belongs to the start of the run, such as a frozen reference; waits."""
         folder = self.directory / "once" / name
         storage.remove_leftovers(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)
+        if cluster.process() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        cluster.share()
         items = {name: tree}
         storage.finish(storage.start(folder, items), folder, storage.record(0, items, {}, {}))
+        cluster.share()
 
     def restore_once(self, name: str, abstract: Any) -> Any:
         """What `save_once` saved. Raises `ValueError` if it is missing or damaged."""
@@ -172,9 +200,10 @@ class Checkpoints:
                 "step: put back a copy of that folder, or start again in another workdir"
             ) from None
 
-    def _problem(self, step):
+    def _problem(self, step, process=0, processes=1):
         try:
-            found = digests.verify(self.directory / str(step), self.verify)
+            folder = self.directory / str(step)
+            found = digests.verify(folder, self.verify, process=process, processes=processes)
             if found.step != step:
                 raise Damaged(f"it holds step {found.step}")
         except (Damaged, OSError) as error:
@@ -184,7 +213,7 @@ class Checkpoints:
         return ""
 
     def _move_aside(self, step):
-        if jax.process_index() != 0:
+        if cluster.process() != 0:
             return
         for later in [s for s in _numbered(self.directory) if s >= step]:
             aside = self.directory / f"{later}.aside"
@@ -195,10 +224,13 @@ class Checkpoints:
 
     def _prune(self):
         """Removes what is older than the newest good ones, but for the best."""
-        if jax.process_index() != 0:
+        if cluster.process() != 0:
             return
         there = _numbered(self.directory)
-        good = [s for s in there if s in self._metrics or not self._problem(s)]
+        # Of several processes the others may still be at the digests of the newest one.
+        known = lambda s: s in self._metrics or (s not in self._saving and not self._problem(s))
+        if not (good := [s for s in there if known(s)]):
+            return
         newest = good[-self.keep :]
         scores = {s: self._metrics[s].get(self.keep_best, math.nan) for s in good}
         best = min(

@@ -20,6 +20,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from jaxlm.checkpoint import digest as digests
 from jaxlm.checkpoint.digest import Damaged, Digest
+from jaxlm.host import cluster
 
 # Orbax logs whole tracebacks, several times, of errors that are raised here in one sentence.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
@@ -154,7 +155,7 @@ def _own(arrays):
 
 def remove_leftovers(directory: pathlib.Path) -> None:
     """Removes what saves and deletions that were killed have left behind."""
-    if jax.process_index() == 0:
+    if cluster.process() == 0:
         for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
             for path in directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)

@@ -127,6 +127,10 @@ class Console:
         """Prints an error."""
         self._emit(f"error: {text}", "error")
 
+    def error_in_log(self, text: str) -> None:
+        """Writes an error to the log only; from any thread, when the process is about to end."""
+        self._write_log(f"error: {text}")
+
     def table(self, rows, header=()) -> None:
         """Prints rows with aligned columns, numbers to the right."""
         for at, line in enumerate(table_lines(rows, header)):

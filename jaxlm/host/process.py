@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from jaxlm.host import flags, hardware, hugepages
+from jaxlm.host import cluster, flags, hardware, hugepages
 from jaxlm.host.hardware import unused_accelerator
 
 __all__ = ["cache_dir", "command", "crash_folder", "notes", "run", "start", "unused_accelerator"]
@@ -84,9 +84,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     disk. Any other exception is a bug: its traceback goes to `crash-<time>.log`, which is named.
     """
     _loading.set()
+    failed = True
     try:
         signal.signal(signal.SIGTERM, _terminate)
         code = main() or 0
+        cluster.leave("", 0)
+        failed = False
     except KeyboardInterrupt:
         _leave(_last_words(f"stopped by Ctrl-C; {AGAIN}", 128 + signal.SIGINT))
     except Terminated:
@@ -99,10 +102,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         elif _is_for_users(error):
             code = _last_words(f"error: {_sentence(error)}", 1)
         else:
+            cluster.suspect()
             said = str(error).strip().split("\n")[0][:300]
             where = _write_crash(error)
             code = _last_words(f"crashed: {type(error).__name__}: {said}\n{where}", 1)
     _flush()
+    if failed and cluster.several():
+        _leave(code)  # at its end JAX would wait for the others, for minutes
     sys.exit(code)
 
 
@@ -120,6 +126,20 @@ def cache_dir() -> Path:
 def command() -> str:
     """The command that started this process, as it can be typed again."""
     return shlex.join(getattr(sys, "orig_argv", None) or [sys.executable, *sys.argv])
+
+
+def hush_libraries() -> None:
+    """What C++ code prints to stdout is dropped from now on (gloo: a line for each connection)."""
+    if sys.stdout is None or os.environ.get("JAXLM_VERBOSE", "0") not in ("", "0"):
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        kept = os.dup(sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        old = sys.stdout
+        sys.stdout = open(  # noqa: SIM115
+            kept, "w", buffering=1, encoding=old.encoding, errors=old.errors
+        )
 
 
 # Noise.
@@ -141,7 +161,8 @@ def _quiet():
 
 def _say_loading():
     """Importing the libraries takes a while on a cold disk: says so from the fourth second on."""
-    rank = next((os.environ[n] for n in ("JAX_PROCESS_ID", "SLURM_PROCID") if n in os.environ), "0")
+    ranks = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
+    rank = next((os.environ[name] for name in ranks if name in os.environ), "0")
     if rank != "0" or sys.stdout is None:
         return
     began = time.monotonic()
@@ -231,6 +252,9 @@ def _leave(code) -> NoReturn:
 
 def _last_words(text, code):
     _flush()
+    if not cluster.leave(text, code):
+        return code  # process 0 says the same
+    text = cluster.prefix() + text
     with contextlib.suppress(OSError, ValueError, AttributeError):
         encoding = sys.stderr.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)

@@ -7,8 +7,7 @@
                 save and return
 
 The first signal asks for a stop after the running step; a second Ctrl-C ends the process at once.
-Under `jax.distributed` all processes must stop at the same step, so JAX's own preemption sync
-point decides instead; a SIGTERM handler of ours would switch that off, so none is installed.
+Of several processes one may have got it: all stop after the same step (`stopping`).
 """
 
 import os
@@ -17,8 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from jaxlm.host import cluster
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -30,12 +28,10 @@ class Signals:
         self._say = say
         self._requested = ""
         self._before: dict[int, Any] = {}
-        self._together = jax.process_count() > 1
 
     def __enter__(self):
         for number in _NAMES:
-            if not (self._together and number == signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind, value, traceback):
@@ -47,9 +43,11 @@ class Signals:
 
         With several processes, call it once per step on each: they agree on one step.
         """
-        if self._together and multihost_utils.reached_preemption_sync_point(step):
-            return self._requested or "SIGTERM"
-        return "" if self._together else self._requested
+        return cluster.stop_after(step, self._requested)
+
+    def at_the_end(self) -> str:
+        """The same after the last step, where all processes have come."""
+        return cluster.first(cluster.share(self._requested))
 
     def _handle(self, number, frame):
         name = _NAMES[signal.Signals(number)]
@@ -62,6 +60,3 @@ class Signals:
             self._requested = name
             hint = "; Ctrl-C again ends at once without saving" if name == "Ctrl-C" else ""
             self._say(f"{name}: saving after this step, then ending{hint}.")
-            if self._together:
-                # Ctrl-C reaches one process; SIGTERM is what JAX passes on to all.
-                os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,133 @@
+"""Which processes belong together, from the environment alone."""
+
+import os
+
+import pytest
+
+from jaxlm.host import cluster
+
+HINTS = ("JAX_", "SLURM_", "OMPI_", "JOB_COMPLETION", "KUBERNETES_", "CUDA_", "JAXLM_", "TPU_")
+SLURM = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_NODELIST": "node[007-010]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x4)",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+THREE = {
+    "JAX_COORDINATOR_ADDRESS": "a.b:8476",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(HINTS)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def place(monkeypatch):
+    def of(*environments, **more):
+        for name, value in {k: v for e in (*environments, more) for k, v in e.items()}.items():
+            monkeypatch.setenv(name, value)
+        return cluster.place()
+
+    return of
+
+
+def test_a_process_of_its_own(place):
+    assert place() is None
+    assert cluster.share(3) == [3]
+    assert cluster.broadcast(3) == 3
+    assert cluster.stop_after(7, "SIGTERM") == "SIGTERM"
+    assert cluster.leave("error: ...", 1)
+    assert (cluster.process(), cluster.count(), cluster.prefix()) == (0, 1, "")
+
+
+def test_the_environment_says_it_all(place):
+    assert place(THREE) == cluster.Place("a.b", 8476, 4, 3, [], "JAX_COORDINATOR_ADDRESS")
+
+
+def test_an_indexed_job_says_which_pod_this_is(place):
+    found = place(THREE, JAX_PROCESS_ID="", JOB_COMPLETION_INDEX="2")
+    assert (found.process, found.processes) == (2, 4)
+
+
+@pytest.mark.parametrize("changed", [{"JAX_NUM_PROCESSES": "1"}, {"JAXLM_PROCESSES": "1"}])
+def test_one_process_is_alone(place, changed):
+    assert place(THREE, changed) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not set"),
+        ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES is not set"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS is not set"),
+        ({"JAX_PROCESS_ID": "4"}, "process 4 of 4: the index counts from 0"),
+        ({"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID='first' must be a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "a.b"}, "is HOST:PORT, with a port, not 'a.b'"),
+    ],
+)
+def test_half_of_it_is_an_error(place, changed, message):
+    with pytest.raises(ValueError, match=message):
+        place(THREE, changed)
+
+
+def test_a_step_of_slurm(place):
+    found = place(SLURM)
+    assert (found.host, found.processes, found.process, found.found) == ("node007", 16, 6, "SLURM")
+    assert found.devices == []  # no GPUs: whatever there is
+
+
+@pytest.mark.parametrize(
+    ("tasks", "visible", "mine"),
+    [
+        ("4(x4)", "0,1,2,3,4,5,6,7", [4, 5]),  # 4 tasks a node, 8 GPUs: the third has 2 of them
+        ("4(x4)", "0,1,2,3", [2]),
+        ("4(x4)", "5", []),  # the scheduler gave each task its own
+        ("1(x16)", "0,1,2,3,4,5,6,7", []),  # one task a node: all of them
+    ],
+)
+def test_gpus_of_a_node_are_split_among_its_tasks(place, tasks, visible, mine):
+    found = place(SLURM, SLURM_STEP_TASKS_PER_NODE=tasks, CUDA_VISIBLE_DEVICES=visible)
+    assert found.devices == mine
+
+
+def test_a_shell_inside_an_allocation_is_no_step(place, monkeypatch):
+    shell = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}
+    assert place(shell) is None
+
+
+def test_open_mpi(place):
+    found = place(OPEN_MPI)
+    assert (found.host, found.processes, found.process) == ("10.96.0.1", 2, 1)
+
+
+def test_a_scheduler_that_hides_process_0_needs_its_address(place):
+    hidden = {k: v for k, v in OPEN_MPI.items() if "orte" not in k}
+    with pytest.raises(ValueError, match=r"Open MPI.*JAX_COORDINATOR_ADDRESS"):
+        place(hidden)
+    found = place(hidden, JAX_COORDINATOR_ADDRESS="10.0.0.1:9000")
+    assert (found.host, found.port, found.process) == ("10.0.0.1", 9000, 1)
+
+
+def test_the_first_difference_names_host_and_both_values():
+    found = [{"jax": "0.10.2", "--config.seed": "0"}] * 2 + [
+        {"jax": "0.12.0", "--config.seed": "0"}
+    ]
+    hosts = {0: "a", 1: "b", 2: "c"}
+    assert cluster._difference(found[:2], hosts) == ""
+    assert cluster._difference(found, hosts) == (
+        "the processes do not agree: jax is 0.10.2 on process 0 (a), 0.12.0 on 2 (c)"
+    )
