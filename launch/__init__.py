@@ -1,0 +1,1 @@
+"""Starts jaxlm under schedulers: `python -m launch.slurm --help`. Environment only."""

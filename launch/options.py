@@ -1,0 +1,91 @@
+"""What all launchers share: options before `--`, the command after it, faults in one sentence.
+
+Standard library only, so that a login node needs nothing but Python.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# How a jaxlm command ends, and what a launcher does then. 0: finished. 1 and 2: something that the
+# user has to mend, and that would happen again: it stops. Anything else is worth another start:
+# 143 asked to stop, and saved; 70 crashed; 75 another process was lost; 137 killed.
+MEND = (1, 2)
+SAVED = 143
+
+
+class Parser(argparse.ArgumentParser):
+    """Options as `--nodes=2`, help that shows defaults, and one sentence for a wrong one."""
+
+    def __init__(self, module: str, about: str):
+        super().__init__(
+            prog=f"python -m {module}",
+            usage=f"python -m {module} [OPTIONS] -- python -m jaxlm.train --config=RECIPE ...",
+            description=about,
+            epilog="Everything after -- is the jaxlm command; it is started as it stands.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--name", default="jaxlm", help="of the job (jaxlm)")
+        self.add_argument(
+            "--dry_run", action="store_true", help="print what would be submitted, and stop"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def split(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and the command that follows `--`."""
+        cut = argv.index("--") if "--" in argv else len(argv)
+        options = self.parse_args(argv[:cut])
+        command = argv[cut + 1 :]
+        if not command:
+            self.error("no command: put -- and then the jaxlm command behind the options")
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", options.name):
+            self.error(
+                f"--name={options.name} may hold lower-case letters, digits and dashes, up to 40, "
+                "a letter first and no dash last"
+            )
+        return options, command
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number, for `type=` of an option."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+        return int(text)
+
+    return number
+
+
+def matching(pattern: str, example: str) -> Callable[[str], str]:
+    """Text of a form, for `type=` of an option."""
+
+    def checked(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} should look like {example}")
+        return text
+
+    return checked
+
+
+def environment(parser: Parser, pairs: list[str]) -> dict[str, str]:
+    """--env=NAME=VALUE options as a dict."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            parser.error(f"--env={pair} should look like --env=NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def line(command: list[str]) -> str:
+    """A command as one line of shell."""
+    return shlex.join(command)
