@@ -166,7 +166,7 @@ def test_what_the_user_can_mend_is_one_line(program, tmp_path, what, code, text)
 )
 def test_a_crash_is_one_line_and_a_file(program, tmp_path, what, text):
     child = program(what)
-    assert child.returncode == 1
+    assert child.returncode == process.CRASHED
     assert child.err.startswith(f"crashed: {text}")
     (file,) = (tmp_path / "cache" / "jaxlm").glob("crash-*.log")
     assert child.err.endswith(f"the full traceback is in {file}\n")

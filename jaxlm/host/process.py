@@ -31,7 +31,16 @@ from typing import NoReturn
 from jaxlm.host import cluster, flags, hardware, hugepages
 from jaxlm.host.hardware import unused_accelerator
 
-__all__ = ["cache_dir", "command", "crash_folder", "notes", "run", "start", "unused_accelerator"]
+__all__ = [
+    "began",
+    "cache_dir",
+    "command",
+    "crash_folder",
+    "notes",
+    "run",
+    "start",
+    "unused_accelerator",
+]
 
 HERE = Path(__file__).resolve().parents[1]  # our own package
 
@@ -47,6 +56,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",  # its default, said aloud, spares a warning at each fork
 }
 
+CRASHED = 70  # the exit code, by the custom of sysexits.h; launch/README.md has them all
 AGAIN = "the same command starts again, from the last checkpoint where there is one"
 
 notes: list[str] = []  # what `start` could not do, for the console to warn of
@@ -81,7 +91,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its code; whatever it raises becomes one line and a code.
 
     A `ValueError` that our own code raises is the user's to mend, and so is a full or read-only
-    disk. Any other exception is a bug: its traceback goes to `crash-<time>.log`, which is named.
+    disk: code 1, nothing that another start would cure. Any other exception is a bug, or a machine
+    that failed: its traceback goes to `crash-<time>.log`, which is named.
     """
     _loading.set()
     failed = True
@@ -105,7 +116,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             cluster.suspect()
             said = str(error).strip().split("\n")[0][:300]
             where = _write_crash(error)
-            code = _last_words(f"crashed: {type(error).__name__}: {said}\n{where}", 1)
+            code = _last_words(f"crashed: {type(error).__name__}: {said}\n{where}", CRASHED)
     _flush()
     if failed and cluster.several():
         _leave(code)  # at its end JAX would wait for the others, for minutes
@@ -121,6 +132,16 @@ def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/jaxlm`, by default `~/.cache/jaxlm`. Not created."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache")) / "jaxlm"
+
+
+def began() -> float:
+    """When this process started, in unix seconds; where the system does not tell, now."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(after_name[19])  # after the machine started
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return time.time() - max(age, 0.0)
+    return time.time()
 
 
 def command() -> str:
