@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from jaxlm import folder
+from jaxlm import folder, goodput, metrics
 from jaxlm.data import mix
 from jaxlm.folder import describe_device
 from jaxlm.host.console import Console
@@ -233,6 +233,12 @@ def verdict(run, found: dict) -> list[str]:
     return lines
 
 
+def goodput_so_far(run) -> str:
+    """In one line: the share of the run's life that went into steps that count; or ""."""
+    found = goodput.goodput(metrics.read(run.workdir / metrics.EVENTS))
+    return goodput.sentence(found) if found else ""
+
+
 def farewell(console: Console, run, found: dict, page) -> None:
     """The last lines: what was reached, where things are, what to try next."""
     minutes = found["seconds"] / 60
@@ -240,6 +246,7 @@ def farewell(console: Console, run, found: dict, page) -> None:
         f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; "
         f"{minutes:.1f} minutes since this start."
     )
+    console.say(goodput_so_far(run))
     for line in found["verdict"]:
         console.say(line)
     python = folder.python()

@@ -45,7 +45,8 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
 
     Raises `ValueError` for whatever the user can mend, before anything is compiled.
     """
-    clock, began = Clock(), time.time()
+    clock, began = Clock(), process.began()
+    clock.add("setup", time.time() - began)  # imports, and other hosts waited for
 
     # ------------------------------------------------ 1 setup
     with console.phase(1, PHASES, "setup", "looking at this machine"):
@@ -107,6 +108,7 @@ def _train(
         folder.write_run(built, prepared, flops, peak, command)
         if start:
             console.say(f"  continuing at step {start:,} of {run.steps:,}")
+            console.say(f"  {summary.goodput_so_far(run)}")
 
     # ------------------------------------------------ 4 train
     journal = Journal(
@@ -128,8 +130,9 @@ def _train(
     signal = ""
     with console.phase(4, PHASES, "train", text), Signals(console.say) as signals:
         for step in range(start, run.steps):
-            state, metrics = step_fn(state, batch, key)
-            state = between(step + 1, state)
+            with clock("train_step"):
+                state, metrics = step_fn(state, batch, key)
+                state = between(step + 1, state)
             journal.step(step + 1, metrics)
             if step + 1 < run.steps:
                 with clock("data_wait"):

@@ -10,6 +10,7 @@ BASE = {"contract", "host", "sharding"}
 TOP = {
     *("config", "build", "step", "checkpoint", "metrics", "flops", "journal", "folder"),
     *("observe", "summary", "report", "methods", "models", "optim", "data", "evals", "generate"),
+    "goodput",
 }
 # room -> the rooms it may import from, itself included
 MAY_IMPORT = {
@@ -20,7 +21,8 @@ MAY_IMPORT = {
     "metrics": {"contract"},
     "flops": {"contract"},
     "step": {"contract"},
-    "report": {"report"},
+    "goodput": set(),
+    "report": {"report", "goodput"},
     "models": {"models", "contract", "sharding"},
     "optim": {"optim", "contract", "sharding"},
     "data": {"data", "contract", "sharding"},

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 
 import numpy as np
 import pytest
+
+from jaxlm import goodput
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -75,7 +78,8 @@ def losses(home, name):
 @pytest.fixture(scope="module")
 def whole(home):
     """The run that the others are held against."""
-    out = run(home, "whole", "--config.steps=200", "--config.log.every=5")
+    flags = ("--config.steps=200", "--config.log.every=5")
+    out = run(home, "whole", *flags)
     return out, losses(home, "whole")
 
 
@@ -98,6 +102,7 @@ def test_a_run_leaves_what_it_promises(home, whole):
     assert "[1/6]" in out
     assert "[6/6]" in out
     assert str(folder / "report.html") in out
+    assert re.search(r"Goodput: [\d.]+% of [\d.]+ minutes, 1 start, in steps that count", out)
     assert "\x1b" not in out
     log = (folder / "train.log").read_text()
     assert all(line in log for line in out.splitlines())
@@ -167,7 +172,15 @@ def test_killed_and_interrupted_it_continues_bit_for_bit(home, whole):
     out = run(home, "broken", *flags)
     assert "continuing at step" in out
     assert losses(home, "broken") == whole[1]
-    events = {e["kind"] for e in lines(home, "broken", "events.jsonl")}
+    assert re.search(r"continuing at step .*\n  Goodput: .* 4 starts, in steps that count", out)
+    told = lines(home, "broken", "events.jsonl")
+    killed = next(i for i, e in enumerate(told) if e["kind"] == "resume")
+    reached = max(e["step"] for e in told[:killed])
+    found = goodput.goodput(told)
+    assert found.starts == 4
+    assert found.again == reached - told[killed]["step"], "the signals lost nothing, the kill did"
+    assert found.seconds > sum(e["seconds"] for e in told)
+    events = {e["kind"] for e in told}
     assert {"start", "resume", "interrupt"} <= events
     evals = [e["step"] for e in lines(home, "broken", "evals.jsonl")]
     assert evals == [50, 100, 150, 200]

@@ -1,24 +1,25 @@
-"""Where the wall time went.
+"""Where the wall time went, over the whole life of a run (`jaxlm.goodput`).
 
-Events carry the seconds each part took; what a session lasted beyond them is shown as time that no
-part accounts for, so the bar always adds up to the whole. Time between two sessions counts nothing.
+What no event accounts for is shown as not timed, and so is the time between two starts, so the bar
+always adds up to the whole.
 """
 
-import math
-
+from jaxlm.goodput import AGAIN, DOWN, NO_TIME, OTHER, PARTS, STEPS, goodput
 from jaxlm.report.markup import Html, count, duration, el, finite, join, percent
 from jaxlm.report.read import Folder
 from jaxlm.report.tables import key, stack, table
 
-PARTS = {  # part -> (colour class, kinds of events)
-    "training steps": ("soft", ("train_step", "step")),
-    "data": ("s4", ("data", "data_wait", "prepare", "tokenizer")),
-    "compiling": ("s3", ("compile",)),
-    "evaluation": ("s2", ("evaluate", "eval", "sample", "compressors")),
-    "checkpoints": ("s5", ("checkpoint", "restore")),
+HUES = {  # part -> colour class
+    **dict.fromkeys(PARTS, "plain"),
+    STEPS: "soft",
+    AGAIN: "s1",
+    "waiting for data": "s4",
+    "compiling": "s3",
+    "evaluation": "s2",
+    "checkpoints": "s5",
+    "start-up": "s6",
+    DOWN: "s7",
 }
-NO_TIME = ("warning", "interrupt")
-SESSION = ("start", "resume")  # one of them opens each session
 
 
 def by_kind(folder: Folder) -> dict[str, float]:
@@ -32,54 +33,38 @@ def by_kind(folder: Folder) -> dict[str, float]:
 
 
 def wall(folder: Folder) -> float | None:
-    """Seconds the run took: the sessions from their start to their last event, added up."""
-    sessions, first, latest = 0.0, math.nan, math.nan
-    for event in folder.events:
-        time = finite(event.get("time"))
-        if time is None:
-            continue
-        if event.get("kind") in SESSION:
-            sessions += 0.0 if math.isnan(first) else max(latest - first, 0.0)
-            first = time - max(finite(event.get("seconds")) or 0.0, 0.0)
-        latest = time
-    sessions += 0.0 if math.isnan(first) else max(latest - first, 0.0)
-    total = max(
-        sessions, finite(folder.results.get("seconds")) or 0.0, sum(by_kind(folder).values())
-    )
-    return total or None
+    """Seconds the run took, without the time it was down."""
+    found = goodput(folder.events)
+    ran = found.seconds * (1 - found.share(DOWN)) if found else 0.0
+    results = finite(folder.results.get("seconds")) or 0.0
+    return max(ran, results, sum(by_kind(folder).values())) or None
 
 
 def wall_time(folder: Folder) -> Html:
-    """A stacked bar and a table of the parts, with the kinds of events each is made of."""
-    kinds, total = by_kind(folder), wall(folder)
-    if not kinds or not total:
+    """Goodput in words, a stacked bar and a table of the parts with what each is made of."""
+    found = goodput(folder.events)
+    if not found or not found.seconds:
         return Html("")
-    rest = dict(kinds)
     rows, shares = [], []
-    for part, (hue, names) in PARTS.items():
-        made_of = {name: rest.pop(name) for name in names if name in rest}
-        if made_of:
-            _add(rows, shares, hue, part, made_of, total)
-    rest["not timed"] = max(total - sum(kinds.values()), 0.0)
-    _add(rows, shares, "plain", "other", rest, total)
-    rows.append([el("strong", "all"), duration(total), percent(1.0, 1), ""])
-    head = ["part", "time", "share", "made of"]
-    starts = sum(event.get("kind") in SESSION for event in folder.events)
-    note = f"{count(starts)} sessions; the time between them is not counted." if starts > 1 else ""
+    for part, kinds in found.parts.items():
+        if not kinds:
+            continue
+        detail = [
+            f"{kind.replace('_', ' ')} {duration(s)}" for kind, s in kinds.items() if s >= 0.005
+        ]
+        many = ", ".join(detail) if len(detail) > 1 or part == OTHER else ""
+        many = f"{count(found.again)} steps" if part == AGAIN else many
+        time, share = duration(sum(kinds.values())), found.share(part)
+        rows.append([key(HUES[part], part), time, percent(share, 1), many])
+        shares.append((HUES[part], part, share))
+    rows.append([el("strong", "all"), duration(found.seconds), percent(1.0, 1), ""])
+    said = f"Goodput {percent(found.share(), 1)}: the share of the time since the first start that "
+    said += "went into training steps that count."
+    starts = f" {count(found.starts)} starts; the run was down between them."
     return join(
         [
+            el("p", said + (starts if found.starts > 1 else ""), class_="note"),
             stack(shares, "Wall time"),
-            table(head, rows, caption="Wall time by part", words=(3,)),
-            el("p", note, class_="note") if note else None,
+            table(["part", "time", "share", "made of"], rows, caption="Goodput", words=(3,)),
         ]
     )
-
-
-def _add(rows, shares, hue, part, made_of, total) -> None:
-    seconds = sum(made_of.values())
-    detail = [
-        f"{kind.replace('_', ' ')} {duration(s)}" for kind, s in made_of.items() if s >= 0.005
-    ]
-    many = ", ".join(detail) if len(detail) > 1 or part == "other" else ""
-    rows.append([key(hue, part), duration(seconds), percent(seconds / total, 1), many])
-    shares.append((hue, part, seconds / total))
