@@ -137,9 +137,10 @@ TOP = {
     "batch": 16,  # rows of one optimizer step, over all devices and micro-batches
     "accumulate": 1,  # micro-batches
     "method": "next_token",
+    "profile": "",  # steps to trace, such as "10-14"; empty: none
 }
 # What a restarted run may change: nothing that the curve depends on.
-FREE = ("workdir", "expect.", "mesh.", "checkpoint.", "eval.", "log.")
+FREE = ("workdir", "profile", "expect.", "mesh.", "checkpoint.", "eval.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Run:
     batch: int
     accumulate: int
     method: Method
+    profile: range  # steps to trace, counted from 1
     model: DecoderConfig
     optimizer: OptimizerSpec
     data: DataSpec
@@ -257,6 +259,7 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         **{k: c[k] for k in ("name", "seed", "steps", "batch", "accumulate")},
         workdir=Path(workdir).expanduser(),
         method=method,
+        profile=_profile(c.profile, c.steps),
         data=_data(c.data),
         config=flat,
         changed=_changed(flat),
@@ -444,6 +447,21 @@ def _method(c: ConfigDict) -> tuple[Method, set[str]]:
         except ValueError as e:
             raise ValueError(f"config.{group}: {e}") from None
     return compose(*parts), used
+
+
+def _profile(text: str, steps: int) -> range:
+    """The steps to trace; an empty range for none."""
+    if not text:
+        return range(0)
+    first, dash, last = text.partition("-")
+    number = lambda digits: int(digits) if digits.isascii() and digits.isdecimal() else 0
+    begin, end = number(first), number(last if dash else first)
+    if not 1 <= begin <= end <= steps:
+        raise ValueError(
+            f"config.profile={text!r} is no range of steps such as '10-14', counted from 1 and up "
+            f"to config.steps={steps}; '' traces none"
+        )
+    return range(begin, end + 1)
 
 
 def _check_best(c):

@@ -34,6 +34,7 @@ from jaxlm.host.signals import Signals
 from jaxlm.journal import Journal
 from jaxlm.metrics import Clock, Writer
 from jaxlm.observe import Observer
+from jaxlm.profile import Profile
 from jaxlm.step import written_extras
 
 PHASES = 6
@@ -128,15 +129,29 @@ def _train(
     )
     text = f"{run.steps - start:,} steps of {run.batch} × {run.data.length} tokens"
     signal = ""
-    with console.phase(4, PHASES, "train", text), Signals(console.say) as signals:
+    with (
+        console.phase(4, PHASES, "train", text),
+        Signals(console.say) as signals,
+        Profile(run.profile, run.workdir / "profile", console.say) as profile,
+    ):
         for step in range(start, run.steps):
-            with clock("train_step"):
+            if profile.begins(step + 1):
+                journal.fetch()
+                with clock("profile"):
+                    profile.begin(step + 1)
+            with clock("train_step"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = step_fn(state, batch, key)
                 state = between(step + 1, state)
             journal.step(step + 1, metrics)
             if step + 1 < run.steps:
                 with clock("data_wait"):
                     batch = built.put(next(rows))
+            if profile.ends(step + 1):
+                journal.fetch()
+                resume = journal.pause()
+                with clock("profile"):
+                    profile.end(step + 1)
+                resume()
             if observer.due(step + 1):
                 journal.fetch()
                 resume = journal.pause()

@@ -10,7 +10,7 @@ BASE = {"contract", "host", "sharding"}
 TOP = {
     *("config", "build", "step", "checkpoint", "metrics", "flops", "journal", "folder"),
     *("observe", "summary", "report", "methods", "models", "optim", "data", "evals", "generate"),
-    "goodput",
+    *("goodput", "profile"),
 }
 # room -> the rooms it may import from, itself included
 MAY_IMPORT = {
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "flops": {"contract"},
     "step": {"contract"},
     "goodput": set(),
+    "profile": set(),
     "report": {"report", "goodput"},
     "models": {"models", "contract", "sharding"},
     "optim": {"optim", "contract", "sharding"},

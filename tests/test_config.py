@@ -6,7 +6,7 @@ from jaxlm import config as configs
 from jaxlm import methods, summary
 from jaxlm.config import check, defaults, flatten, nest, source
 
-NUMBER_OF_KEYS = 77  # outside the groups of the methods
+NUMBER_OF_KEYS = 78  # outside the groups of the methods
 
 
 @pytest.fixture
@@ -54,6 +54,10 @@ def test_methods_compose_in_the_order_written(recipe):
         ("method", "ema", "has no objective"),
         ("method", "next_token + dpo", "objective"),
         ("expect.bits_per_char", "code:1", "code=1.30"),
+        ("profile", "10 to 14", "such as '10-14', counted from 1"),
+        ("profile", "0-3", "counted from 1"),
+        ("profile", "14-10", "such as '10-14'"),
+        ("profile", "990-1001", "config.steps=1000"),
     ],
 )
 def test_what_cannot_run_is_refused(recipe, key, value, message):

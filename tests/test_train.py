@@ -78,7 +78,7 @@ def losses(home, name):
 @pytest.fixture(scope="module")
 def whole(home):
     """The run that the others are held against."""
-    flags = ("--config.steps=200", "--config.log.every=5")
+    flags = ("--config.steps=200", "--config.log.every=5", "--config.profile=3-4")
     out = run(home, "whole", *flags)
     return out, losses(home, "whole")
 
@@ -102,6 +102,8 @@ def test_a_run_leaves_what_it_promises(home, whole):
     assert "[1/6]" in out
     assert "[6/6]" in out
     assert str(folder / "report.html") in out
+    assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1
+    assert f"traced steps 3 to 4 into {folder / 'profile'}" in out
     assert re.search(r"Goodput: [\d.]+% of [\d.]+ minutes, 1 start, in steps that count", out)
     assert "\x1b" not in out
     log = (folder / "train.log").read_text()

@@ -32,6 +32,7 @@ def token_logprobs(
     def score(hidden_BCD, targets_BC):
         return _logprobs(lm.unembed(params, hidden_BCD), targets_BC)
 
+    score = jax.named_scope("loss")(score)
     if chunks == 1:
         return score(hidden_BLD, batch["targets"]), taps, penalties
     score = jax.checkpoint(score, prevent_cse=False)  # a scan keeps the two passes apart anyway
@@ -52,7 +53,9 @@ def summed_nll(
     # Makes arguments of the params that the head reads, and of no others: their gradients are
     # accumulated over the chunks.
     unembed, head = jax.closure_convert(lambda h: lm.unembed(params, h), hidden_NBCD[0])
-    return _summed_nll(unembed, head, hidden_NBCD, weights_NBC, targets_NBC), taps, penalties
+    with jax.named_scope("loss"):
+        nll = _summed_nll(unembed, head, hidden_NBCD, weights_NBC, targets_NBC)
+    return nll, taps, penalties
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -41,10 +41,12 @@ class Block(nnx.Module):
         self.parallel = config.parallel_residual
 
     def __call__(self, x_BLD, context: layers.Context):
-        mixed_BLD, attention_taps = self.attention(self.attention_norm(x_BLD), context)
+        with jax.named_scope("attention"):
+            mixed_BLD, attention_taps = self.attention(self.attention_norm(x_BLD), context)
         between_BLD = x_BLD + mixed_BLD
         mlp_input_BLD = self.mlp_norm(x_BLD if self.parallel else between_BLD)
-        fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
+        with jax.named_scope("mlp"):
+            fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
         return between_BLD + fed_BLD, {"attention": attention_taps, "mlp": mlp_taps}
 
 
@@ -116,7 +118,8 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
             x_BLD, taps = block_of(block_params)(x_BLD, context)
             return sharding.constrain(x_BLD, "batch", "length", "width"), taps
 
-        x_BLD = ends.embed(batch["tokens"])
+        with jax.named_scope("embedding"):
+            x_BLD = ends.embed(batch["tokens"])
         x_BLD, taps = _through(rematerialized(block, config), x_BLD, params["blocks"], scanned)
         x_BLD = ends.final_norm(x_BLD)
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
