@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import sharding
+from jaxlm import flops, sharding
 from jaxlm.checkpoint import load_params
 from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
@@ -22,7 +23,7 @@ from jaxlm.step import init_state, make_between, make_step
 
 
 class Built(NamedTuple):
-    run: Run
+    run: Run  # its model's vocabulary is known
     mesh: jax.sharding.Mesh
     lm: LM
     tx: optax.GradientTransformation
@@ -47,6 +48,36 @@ class Built(NamedTuple):
         rows = np.arange(self.run.rows)
         places = sharding.batch_sharding(self.mesh).addressable_devices_indices_map(rows.shape)
         return np.unique(np.concatenate([rows[place] for place in places.values()]))
+
+    def trace(self):
+        """The step traced for shapes alone: no array is made, so the devices need not be here."""
+        step, _ = self.step()
+        with jax.set_mesh(self.mesh):
+            return step.trace(self.abstract, self.abstract_batch(), jax.random.key(0))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a packed batch (`jaxlm.contract`)."""
+        rows, length = self.run.rows, self.run.data.length
+        where = sharding.batch_sharding(self.mesh)
+        make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        ids = ("tokens", "targets", "segments", "positions")
+        return (
+            {name: make((rows, length), jnp.int32) for name in ids}
+            | {"weights": make((rows, length), jnp.float32)}
+            | {name: make((rows,), jnp.int32) for name in ("source", "index")}
+        )
+
+    def model_flops(self) -> int:
+        """FLOPs that the model needs for one step, as MFU counts them.
+
+        Nothing is counted that is computed twice to save memory, and of attention's products only
+        the visible share: what a query may see of its row, taken as one document.
+        """
+        plain = dataclasses.replace(self.run.model, attention="xla", remat="none")
+        traced = remade(self, plain).trace()
+        attention = flops.count_flops(traced.jaxpr, scope="attend")
+        unseen = 1 - flops.visible_share(self.run.data.length, self.run.model.window)
+        return flops.count_flops(traced.jaxpr) - round(unseen * attention)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of a batch that this process needs (`rows_here`), onto the mesh."""
@@ -113,7 +144,14 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     if run.method.wrap:
         tx = run.method.wrap(tx)
     tx = optax.with_extra_args_support(tx)
+    run = dataclasses.replace(run, model=model)
     return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx))
+
+
+def remade(built: Built, model) -> Built:
+    """The same run on the same devices with another `DecoderConfig`."""
+    run = dataclasses.replace(built.run, model=model)
+    return build(run, model.vocabulary, list(built.mesh.devices.flat))
 
 
 def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:

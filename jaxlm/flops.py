@@ -8,29 +8,13 @@ of the hardware's work (HFU); without remat it is the model's (MFU).
 
 import functools
 import math
+import re
 import time
 
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s of one device, as published. TPU: cloud.google.com/tpu/docs, the page of each
-# version. NVIDIA: the data sheets, SXM, without sparsity. Matched in this order against the start
-# of `device_kind`, in lower case.
-PUBLISHED = {
-    "tpu v6 lite": 918e12,
-    "tpu v6e": 918e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5e": 197e12,
-    "tpu v5p": 459e12,
-    "tpu v5": 459e12,  # what a v5p calls itself
-    "tpu v4": 275e12,  # of a chip; its two cores are one device
-    "nvidia a100": 312e12,
-    "nvidia h100 pcie": 756e12,
-    "nvidia h100 nvl": 835e12,
-    "nvidia h100": 989e12,
-    "nvidia h200": 989e12,
-    "nvidia b200": 2250e12,
-}
+from jaxlm import chips
 
 
 def peak_flops(device, dtype: str = "bfloat16") -> tuple[float, str]:
@@ -40,11 +24,10 @@ def peak_flops(device, dtype: str = "bfloat16") -> tuple[float, str]:
     bfloat16 on a TPU, but not on a GPU, so there float32 is measured. The CPU devices of a process
     share its cores, and so the peak.
     """
-    kind = device.device_kind.lower()
-    known = next((peak for name, peak in PUBLISHED.items() if kind.startswith(name)), None)
+    known = chips.of_kind(device.device_kind)
     half = jnp.dtype(dtype).itemsize == 2
     if known and (half or device.platform == "tpu"):
-        return known, "published"
+        return known.flops, "published"
     sharing = jax.local_device_count("cpu") if device.platform == "cpu" else 1
     return matmul_peak(dtype, device) / sharing, "measured"
 
@@ -69,25 +52,26 @@ def matmul_peak(dtype: str = "float32", device=None) -> float:
     return best
 
 
-def count_flops(jaxpr, unknown: list[str] | None = None) -> int:
+def count_flops(jaxpr, unknown: list[str] | None = None, *, scope: str = "") -> int:
     """FLOPs of matrix products and convolutions in a jaxpr, scan bodies times their length.
 
     Of a `cond` the dearest branch counts. The trips of a `while_loop` are unknown: its body counts
     once, and its name is added to `unknown`. In a `shard_map` the body counts once per shard.
+    With `scope` only what was traced inside `jax.named_scope(scope)` counts.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
-    return sum(_of_equation(equation, unknown) for equation in jaxpr.eqns)
+    return sum(_of_equation(equation, unknown, scope) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, unknown):
+def _of_equation(equation, unknown, scope):
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        return _of_dot(equation)
-    if name == "conv_general_dilated":
-        return _of_convolution(equation)
+    if scope and scope in _scopes(equation):
+        scope = ""  # all inside belongs to it
+    if name in PRODUCTS:
+        return 0 if scope else PRODUCTS[name](equation)
     if name == "cond":
-        return max(count_flops(branch, unknown) for branch in params["branches"])
-    inside = sum(count_flops(inner, unknown) for inner in _programs(params))
+        return max(count_flops(branch, unknown, scope=scope) for branch in params["branches"])
+    inside = sum(count_flops(inner, unknown, scope=scope) for inner in _programs(params))
     if name == "while" and inside and unknown is not None:
         unknown.append(name)
     if name == "scan":
@@ -113,6 +97,20 @@ def _of_convolution(equation):
     out_feature = equation.params["dimension_numbers"].rhs_spec[0]
     window = math.prod(kernel) // max(kernel[out_feature], 1)
     return 2 * math.prod(equation.outvars[0].aval.shape) * window
+
+
+def visible_share(length: int, window: int = 0) -> float:
+    """Share of a row's [L, L] pairs that causal attention looks at; a window of 0 is no window."""
+    seen = min(window or length, length)
+    return (seen * (seen + 1) / 2 + (length - seen) * seen) / length**2
+
+
+PRODUCTS = {"dot_general": _of_dot, "conv_general_dilated": _of_convolution}
+
+
+def _scopes(equation):
+    """Names of the scopes an equation was traced in: of "transpose(jvp(mlp))/up" mlp and up too."""
+    return re.split(r"\W+", str(equation.source_info.name_stack))
 
 
 def _programs(params):

@@ -103,7 +103,8 @@ def _train(
         with clock("compile"):
             batch = built.put(next(rows))
             traced = step_fn.trace(state, batch, key)
-            flops = count_flops(traced.jaxpr)
+            on_cpu = sharding.platform(built.mesh) == "cpu"  # whose peak is measured, and shared
+            flops = count_flops(traced.jaxpr) if on_cpu else built.model_flops()
             step_fn = traced.lower().compile()
             observer.compile(state)
         folder.write_run(built, prepared, flops, peak, command)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm import flops
-from jaxlm.flops import count_flops, matmul_peak, peak_flops
+from jaxlm.flops import count_flops, matmul_peak, peak_flops, visible_share
 
 B, D, F, LAYERS = 8, 16, 32, 5
 PRODUCT = 2 * B * D * F
@@ -165,3 +165,27 @@ def test_unknown_devices_are_measured(monkeypatch):
 
 def test_matmul_peak_is_that_of_a_computer():
     assert 1e8 < matmul_peak("float32") < 1e16
+
+
+def test_a_scope_counts_what_was_traced_in_it():
+    def loss(x, w):
+        with jax.named_scope("inner"):
+            x = jax.checkpoint(
+                lambda x: jax.lax.scan(lambda x, _: (x @ w[0] @ w[1], None), x, length=3)[0]
+            )(x)
+        return jnp.sum((x @ w[0]) ** 2)
+
+    weights = (w_DF, w_FD)
+    assert flops_of(loss, x_BD, weights) == 7 * PRODUCT
+    count = lambda fn, scope: count_flops(jax.make_jaxpr(fn)(x_BD, weights), scope=scope)
+    assert count(loss, "inner") == 6 * PRODUCT
+    assert count(loss, "outer") == count(loss, "inne") == 0
+    gradients = jax.grad(loss, (0, 1))
+    # Backward two products for each one, and the loop once more; outside, the last product's three.
+    assert count(gradients, "inner") == flops_of(gradients, x_BD, weights) - 3 * PRODUCT
+
+
+@pytest.mark.parametrize(("length", "window"), [(8, 0), (8, 8), (8, 3), (8, 1), (1, 0)])
+def test_visible_share(length, window):
+    seen = sum(1 for q in range(length) for k in range(q + 1) if not window or q - k < window)
+    assert visible_share(length, window) == seen / length**2

@@ -83,15 +83,16 @@ def attention(
         key_BMGK, value_BMGK = (
             sharding.constrain(x, "batch", None, "kv_heads", None) for x in (key_BMGK, value_BMGK)
         )
-    return BACKENDS[backend].attend(
-        query_BLHK,
-        key_BMGK,
-        value_BMGK,
-        segments_BL=segments_BL,
-        positions_BL=positions_BL,
-        window=window,
-        soft_cap=soft_cap,
-    )
+    with jax.named_scope("attend"):  # its FLOPs are counted apart (`jaxlm.flops`)
+        return BACKENDS[backend].attend(
+            query_BLHK,
+            key_BMGK,
+            value_BMGK,
+            segments_BL=segments_BL,
+            positions_BL=positions_BL,
+            window=window,
+            soft_cap=soft_cap,
+        )
 
 
 def resolve(name: str, platform: str, needs: Needs | None = None) -> str:
