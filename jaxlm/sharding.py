@@ -78,15 +78,17 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     An axis that its mesh axes do not divide is left whole (a vocabulary of 50,257, say).
     """
 
-    def one(names, shape):
-        spec = []
-        for name, size in zip(names, shape.shape, strict=True):
-            axis = LOGICAL[name] if name else None
-            ways = math.prod(mesh.shape[a] for a in _tuple(axis))
-            spec.append(axis if size % ways == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
+    one = lambda names, leaf: NamedSharding(mesh, fitting_spec(names, leaf.shape, mesh))
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def fitting_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """`spec_of`, but for the axes that their mesh axes do not divide."""
+    ways = lambda axis: math.prod(mesh.shape[a] for a in _tuple(axis))
+    spec = spec_of(*logical)
+    return PartitionSpec(
+        *(axis if size % ways(axis) == 0 else None for axis, size in zip(spec, shape, strict=True))
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -104,11 +106,14 @@ def rows_divide_by(mesh: Mesh) -> int:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Lays `x` out by its logical axes under the current mesh; without a mesh, returns it."""
+    """Lays `x` out by its logical axes under the current mesh; without a mesh, returns it.
+
+    As of params, an axis that its mesh axes do not divide is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = spec_of(*logical)
+    spec = fitting_spec(logical, x.shape, mesh)
     if mesh.are_all_axes_explicit:
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)

@@ -177,10 +177,22 @@ class FeedForward(nnx.Module):
 def gathered(param: nnx.Param, dtype, *logical):
     """A param in the compute dtype, whole along the axis that only its storage splits.
 
-    Cast first: in bfloat16 that halves what travels between devices.
+    Cast first: in bfloat16 that halves what travels between devices. Its gradient is asked for as
+    it is stored: devices then sum the parts that they keep (a reduce-scatter) and not all of it.
     """
-    axes = (None if axis == "embed" else axis for axis in logical)
-    return sharding.constrain(param[...].astype(dtype), *axes)
+    return _whole(param[...].astype(dtype), logical)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(x, logical):
+    x = sharding.constrain(x, *logical)  # else XLA may gather first and cast then
+    return sharding.constrain(x, *(None if axis == "embed" else axis for axis in logical))
+
+
+_whole.defvjp(
+    lambda x, logical: (_whole(x, logical), None),
+    lambda logical, _, d: (sharding.constrain(d, *logical),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -200,8 +212,10 @@ def _project_forward(x_BLI, kernel_IO, takes, gives):
 def _project_backward(takes, gives, saved, d_BLO):
     x_BLI, kernel_IO = saved
     d_x = product("BLO,IO->BLI", d_BLO, kernel_IO, "batch", "length", _of_activations(takes))
-    axes = (None if axis == "embed" else axis for axis in (takes, gives))
-    return d_x, product("BLI,BLO->IO", x_BLI, d_BLO, *axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.are_all_axes_explicit:  # a gradient then lies as what it is of
+        takes, gives = (None if axis == "embed" else axis for axis in (takes, gives))
+    return d_x, product("BLI,BLO->IO", x_BLI, d_BLO, takes, gives)
 
 
 project.defvjp(_project_forward, _project_backward)
