@@ -180,7 +180,8 @@ def gathered(param: nnx.Param, dtype, *logical):
     Cast first: in bfloat16 that halves what travels between devices. Its gradient is asked for as
     it is stored: devices then sum the parts that they keep (a reduce-scatter) and not all of it.
     """
-    return _whole(param[...].astype(dtype), logical)
+    whole: jax.Array = _whole(param[...].astype(dtype), logical)
+    return whole
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -249,8 +250,12 @@ def _float32_forward(equation, x, kernel):
 
 
 def _float32_backward(equation, saved, d_y):
-    _, backward = jax.vjp(lambda x, kernel: jnp.einsum(equation, x, kernel), *saved)
-    return backward(d_y.astype(saved[0].dtype))
+    x, kernel = saved
+    d_y = d_y.astype(x.dtype)
+    # Transposed and not differentiated: that would trace, and count, the product once more.
+    (d_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)(d_y)
+    (d_kernel,) = jax.linear_transpose(lambda kernel: jnp.einsum(equation, x, kernel), kernel)(d_y)
+    return d_x, d_kernel
 
 
 float32_product.defvjp(_float32_forward, _float32_backward)
