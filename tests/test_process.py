@@ -183,7 +183,7 @@ def test_a_crash_goes_to_the_work_folder_once_it_is_known(tmp_path, monkeypatch,
 
     with pytest.raises(SystemExit) as ended:
         process.run(main)
-    assert ended.value.code == 1
+    assert ended.value.code == process.CRASHED
     (file,) = (tmp_path / "work folder").iterdir()
     assert str(file) in capsys.readouterr().err
 

@@ -54,7 +54,7 @@ def summed_nll(
     # accumulated over the chunks.
     unembed, head = jax.closure_convert(lambda h: lm.unembed(params, h), hidden_NBCD[0])
     with jax.named_scope("loss"):
-        nll = _summed_nll(unembed, head, hidden_NBCD, weights_NBC, targets_NBC)
+        nll: jax.Array = _summed_nll(unembed, head, hidden_NBCD, weights_NBC, targets_NBC)
     return nll, taps, penalties
 
 
