@@ -109,8 +109,7 @@ def main(argv: list[str]) -> int:
     o, command = p.split(argv)
     text = script(p, o, command)
     if o.dry_run:
-        print("# would be submitted: sbatch < this script")
-        print(text, end="")
+        print(text, end="")  # and nothing else: it may be kept, changed, and given to sbatch
         return 0
     try:
         return subprocess.run(["sbatch"], input=text, text=True).returncode
