@@ -204,11 +204,13 @@ def test_compiles_once(name):
     assert training(name).step._cache_size() == 1
 
 
+@pytest.mark.slow
 @every_entry
 def test_stacked_layers_and_accumulation_change_nothing(name):
     same(outcome(name), outcome(name, scan=True, accumulate=4))
 
 
+@pytest.mark.slow
 @every_entry
 def test_eight_devices_change_nothing(name):
     same(outcome(name), outcome(name, sharded=True))

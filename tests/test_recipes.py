@@ -60,6 +60,7 @@ def losses(run, steps):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_shrinks_and_takes_two_steps(path):
     c = load(path)
@@ -84,6 +85,7 @@ def golden_losses():
     return losses(check(c), 20)
 
 
+@pytest.mark.slow
 def test_the_first_losses_are_those_on_record():
     # Sums run in another order from one release of XLA to the next; the curve stays.
     recorded = json.loads(GOLDEN.read_text())["cpu"]

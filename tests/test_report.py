@@ -214,6 +214,7 @@ def test_values_that_are_no_numbers(tmp_path):
     assert "3 lines of metrics.jsonl, first line 31, could not be read." in page.text
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small(tmp_path):
     many = {f"source {i}": SOURCES["code"] for i in range(6)}
     folder = make(tmp_path, 100_000, sources=many)

@@ -132,6 +132,7 @@ def test_scales_with_the_cotangent_inside_a_scan():
     assert_close(total, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [from_logprobs, from_sum])
 def test_sharded_rows_and_vocabulary_stay_where_they_are(loss):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -147,6 +148,7 @@ def test_sharded_rows_and_vocabulary_stay_where_they_are(loss):
     assert not [op for op in ("all-to-all", "collective-permute", "all-gather") if op in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [from_logprobs, from_sum])
 def test_chunks_bound_the_memory(loss):
     params, batch = params_and_batch(rows=4, length=256, vocabulary=4096, width=16)

@@ -161,6 +161,7 @@ def test_bfloat16_is_near_float32(backend):
     assert_close(results, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_blocks_keep_less_in_memory():
     arrays = operands(rows=8, length=512, width=16)
     options = layout([[512]] * 8, 512)

@@ -87,6 +87,7 @@ def test_rules_reach_the_update():
     np.testing.assert_allclose(got, [0.95, 1, 0.998, 0.98, 1], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lamb", "lion", "sm3"])
 def test_stacked_layers_move_as_unstacked(name):
     flat, stacked = toy(), toy(scan=True)
