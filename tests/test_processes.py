@@ -1,0 +1,165 @@
+"""Several real processes train as one: the same curve, through deaths, on other numbers of them."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAIN = [sys.executable, "-m", "jaxlm.train", "--config=tests/tiny.py"]
+FLAGS = (
+    "--config.steps=60",
+    "--config.log.every=5",
+    "--config.eval.every=30",
+    "--config.eval.samples=1",
+    "--config.model.layers=1",  # half the time to compile
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with two small corpora, and the cache of these runs."""
+    home = tmp_path_factory.mktemp("several processes")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(60)]
+    for kind, end in (("code", "();\n"), ("prose", ". ")):
+        (home / "text" / kind).mkdir(parents=True)
+        for n in range(40):
+            text = end.join(" ".join(rng.choices(words, k=6)) for _ in range(12))
+            (home / "text" / kind / f"{n}.txt").write_text(text)
+    return home
+
+
+def start(home, name, *flags, launcher=(), **env):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
+    return subprocess.Popen(
+        [*launcher, *TRAIN, f"--config.workdir={home / name}", *flags],
+        cwd=ROOT,
+        env=keep
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAXLM_TEST_TEXT": str(home / "text"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+        }
+        | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def local(processes, devices, restarts=0):
+    return [
+        *(sys.executable, "launch/local/run.py"),
+        *(f"--processes={processes}", f"--devices={devices}", f"--restarts={restarts}"),
+    ]
+
+
+def end(process, code, seconds=240):
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == code, out
+    return out
+
+
+def lines(home, name, file="metrics.jsonl"):
+    path = home / name / file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(home, name, step, process, seconds=240):
+    limit = time.monotonic() + seconds
+    while not any(line["step"] >= step for line in lines(home, name)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def children(process):
+    """The processes that the launcher has started, in order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+def flip(folder):
+    """64 flipped bytes in the largest file."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(b ^ 255 for b in data[middle : middle + 64])
+    path.write_bytes(data)
+
+
+def test_two_processes_killed_stopped_and_continued_by_four_are_one(home):
+    one = start(home, "one", *FLAGS, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    end(one, 0)
+
+    two = start(home, "many", *FLAGS, launcher=local(2, 2, restarts=1))
+    wait_for_step(home, "many", 15, two)
+    os.kill(children(two)[1], signal.SIGKILL)
+    wait_for_step(home, "many", 35, two)  # they have started again by themselves
+    os.kill(children(two)[1], signal.SIGTERM)
+    out = end(two, 143)
+    host = socket.gethostname()
+    assert f"\nprocess 1 on {host} has ended without a word (killed" in out
+    assert "run.py: a process ended with code 137; starting all of them again, 1 of 1" in out
+    assert "Stopped by SIGTERM after step" in out
+    assert "Traceback" not in out
+    stopped = max(line["step"] for line in lines(home, "many"))
+    newest = home / "many" / "checkpoints" / str(stopped)
+    assert sorted(p.name for p in newest.glob("digest*")) == [
+        f"digest-{i}-of-2.json" for i in (0, 1)
+    ]
+
+    flip(newest)
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    out = end(start(home, "many", *FLAGS, *mesh, launcher=local(4, 1)), 0)
+    assert f"Checkpoint {stopped} is skipped: the bytes of" in out
+    assert re.search(r"continuing at step \d+ of 60", out)
+
+    expected, found = lines(home, "one"), lines(home, "many")
+    assert [line["step"] for line in found] == list(range(1, 61))
+    for key in ("loss", "norm/grads", "weight", "learning_rate"):
+        curves = [[line[key] for line in run] for run in (expected, found)]
+        np.testing.assert_allclose(*curves, rtol=1e-5, err_msg=key)
+    for a, b in zip(*(lines(home, n, "evals.jsonl") for n in ("one", "many")), strict=True):
+        for key in a.keys() - {"seconds"}:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=key)
+    assert lines(home, "one", "samples.jsonl") == lines(home, "many", "samples.jsonl")
+    assert (home / "many" / "report.html").stat().st_size > 10_000
+
+
+def apart(home, name, count, flags=lambda i: (), **env):
+    """Processes started by hand: what each said."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        start(home, name, *flags(i), JAX_PROCESS_ID=str(i), **address, **env) for i in range(count)
+    ]
+    return [end(process, 1) for process in processes]
+
+
+def test_processes_that_differ_are_named_with_both_values(home):
+    first, second = apart(home, "differ", 2, lambda i: [f"--config.seed={i + 5}"])
+    host = socket.gethostname()
+    seeds = f"--config.seed is 5 on process 0 ({host}), 6 on 1 ({host})"
+    sentence = f"error: the processes do not agree: {seeds}"
+    assert first.splitlines()[-1] == sentence
+    assert sentence not in second  # said once
+    assert not (home / "differ").exists()
+
+
+def test_a_process_that_does_not_come_is_named(home):
+    (out,) = apart(home, "missing", 1, JAXLM_JOIN_SECONDS="1")
+    assert "error: process 1 of 2 did not come within 1 seconds" in out.splitlines()[-1]
+    assert "Traceback" not in out
