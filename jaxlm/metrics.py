@@ -249,7 +249,7 @@ def _keep(path, wanted):
 
 
 def _for_people(path, error):
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "free some space" if full else "make it writable"
     text = (
         f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again"

@@ -74,7 +74,7 @@ class Observer:
         """Compiles what evaluation and sampling need, so that nothing does later."""
         self.held.compile(state.params)
         if self.sample_at:
-            self.sampler(state.params, [self.prepared.tokenizer.bos], 1, 0)
+            self.sampler(state.params, [self.prepared.tokenizer.bos], 0, 0)
 
     def due(self, step: int) -> bool:
         """Whether there is something to look at after this step; the last one is for `results`."""

@@ -107,6 +107,8 @@ def _train(
             flops = count_flops(traced.jaxpr) if on_cpu else built.model_flops()
             step_fn = traced.lower().compile()
             observer.compile(state)
+            # Gloo, which joins CPUs, gives the processes half a minute to come to the first run.
+            cluster.share()
         folder.write_run(built, prepared, flops, peak, command)
         if start:
             console.say(f"  continuing at step {start:,} of {run.steps:,}")

@@ -57,11 +57,11 @@ class HeldOut:
         self._nats = jax.jit(score, out_shardings=whole)
 
     def compile(self, params) -> None:
-        """Compiles by scoring a batch of padding."""
+        """Compiles the program, and runs nothing yet."""
         L = next((source.rows.document_NL.shape[1] for source in self.sources.values()), 1)
         kinds = dict.fromkeys(INPUTS, np.int32) | {"weights": np.float32}
         zeros = {name: np.zeros((self._batch, L), kind) for name, kind in kinds.items()}
-        jax.block_until_ready(self._nats(params, self._put(zeros)))
+        self._nats.lower(params, self._put(zeros)).compile()
 
     @property
     def rows(self) -> int:

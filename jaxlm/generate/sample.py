@@ -17,9 +17,8 @@ def make_sampler(lm: LM, length: int, *, temperature: float = 1.0, top_k: int = 
 
     `ids` is the prompt, with its bos; at most the last `length` ids are read, so that a long text
     slides through the window. Temperature 0 takes the likeliest token; `top_k` 0 keeps all.
-    Sampling ends after `tokens` new ids or at the id `stop`.
+    Sampling ends after `tokens` new ids or at the id `stop`; with 0 tokens it only compiles.
     """
-
     mesh = jax.sharding.get_mesh()
     whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())  # for every process to read
 
@@ -43,10 +42,16 @@ def make_sampler(lm: LM, length: int, *, temperature: float = 1.0, top_k: int = 
     def sample(params, ids, tokens, seed, stop=None):
         ids, start = list(ids), len(ids)
         keys = jax.random.split(jax.random.key(seed), max(tokens, 1))
-        for key in keys[:tokens]:
+
+        def inputs(key):
             window = ids[-length:]
             padded = np.pad(np.asarray(window, np.int32), (0, length - len(window)))
-            new = int(next_id(params, padded, len(window), key))
+            return params, padded, len(window), key
+
+        if not tokens:
+            next_id.lower(*inputs(keys[0])).compile()
+        for key in keys[:tokens]:
+            new = int(next_id(*inputs(key)))
             if new == stop:
                 break
             ids.append(new)
