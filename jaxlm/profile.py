@@ -4,6 +4,7 @@ Steps are counted from 1, as in metrics.jsonl, and both ends are traced. Process
 `<workdir>/profile/plugins/profile/<time>/<host>.xplane.pb`: all processes run the same program. A
 run that continues inside the range traces what is left of it. Look for the named scopes attention,
 mlp, loss and optimizer; their backward passes carry the same names inside `transpose(jvp(...))`.
+(A CPU's timeline names bare operations: there the scopes are in the program, in the graph viewer.)
 """
 
 from collections.abc import Callable

@@ -73,6 +73,7 @@ def running(folder: Path):
         _wait_until_idle(environment)
         yield environment
     finally:
+        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int((folder / f"{name}.pid").read_text()), 15)

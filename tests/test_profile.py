@@ -33,6 +33,7 @@ def test_only_steps_of_the_range_are_traced(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # jaxlib 0.12's reader
 def test_the_trace_holds_the_scopes_and_the_steps(tmp_path):
     lm = decoder(DecoderConfig(vocabulary=32, width=16, layers=2, heads=2, scan_layers="on"), "cpu")
     method, batch = METHODS["next_token"](), toy.batch()
@@ -51,9 +52,11 @@ def test_the_trace_holds_the_scopes_and_the_steps(tmp_path):
                 profile.end(step)
     (file,) = (tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
     assert str(tmp_path / "profile") in said[0]
-    planes = jax.profiler.ProfileData.from_file(str(file)).planes
-    events = [e for plane in planes for line in plane.lines for e in line.events]
-    steps = [dict(e.stats)["step_num"] for e in events if e.name == "train"]
+    trace = jax.profiler.ProfileData.from_file(str(file))
+    steps = []
+    for plane in trace.planes:
+        for line in plane.lines:
+            steps += [dict(e.stats)["step_num"] for e in line.events if e.name == "train"]
     assert steps == [2, 3]
     # Where each operation comes from is in the program, which the trace carries.
     paths = set(re.findall(rb"jit\(step\)/[\w()/.<>\[\]-]*", file.read_bytes()))
