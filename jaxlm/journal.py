@@ -42,8 +42,9 @@ class Journal:
         self.tokens_per_step, self.chars_per_token = tokens_per_step, chars_per_token
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.learning_rates, self.weights = learning_rates, weights
-        self.skipped_in_row = 0  # updates, at most, in the steps fetched last
-        self.skipping = False  # whether the last of them was skipped: the same in all processes
+        # What the run decides by changes at steps that no clock chooses: the same in all processes.
+        self.skipped_in_row, self._worst = 0, 0  # updates, at most, in the last `every` steps
+        self.skipping = False  # whether the last update that was fetched was skipped
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._since = time.monotonic()
         self._fastest = float("inf")  # seconds a step
@@ -53,8 +54,11 @@ class Journal:
         """Takes the metrics of the step that was just dispatched."""
         self._pending.append((step, metrics))
         due = time.monotonic() - self._since >= FETCH_SECONDS
-        if due or len(self._pending) >= self.every or step == self.start + 1:
+        judge = step % self.every == 0
+        if due or judge or step == self.start + 1:
             self.fetch()
+        if judge:
+            self.skipped_in_row, self._worst = self._worst, 0
 
     def fetch(self) -> None:
         """Waits for all steps handed over, and writes their lines."""
@@ -77,7 +81,7 @@ class Journal:
             self.writer.steps(lines)
             for kind, spent in self.clock.drain().items():
                 self.writer.event(kind, spent, numbers[-1])
-        self.skipped_in_row = max(int(metrics["skipped_in_row"]) for metrics in fetched)
+        self._worst = max(self._worst, *(int(metrics["skipped_in_row"]) for metrics in fetched))
         self.skipping = int(fetched[-1]["skipped_in_row"]) > 0
         self._say(lines[-1])
 

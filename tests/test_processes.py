@@ -40,10 +40,14 @@ def home(tmp_path_factory):
     return home
 
 
-def start(home, name, *flags, launcher=(), **env):
+def start(home, name, *flags, **options):
+    return command(home, *TRAIN, f"--config.workdir={home / name}", *flags, **options)
+
+
+def command(home, *words, launcher=(), **env):
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
     return subprocess.Popen(
-        [*launcher, *TRAIN, f"--config.workdir={home / name}", *flags],
+        [*launcher, *words],
         cwd=ROOT,
         env=keep
         | {
@@ -99,10 +103,13 @@ def flip(folder):
     path.write_bytes(data)
 
 
-def test_two_processes_killed_stopped_and_continued_by_four_are_one(home):
-    one = start(home, "one", *FLAGS, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    end(one, 0)
+@pytest.fixture(scope="module")
+def one(home):
+    """The run of one process with four devices that the others are held against."""
+    end(start(home, "one", *FLAGS, XLA_FLAGS="--xla_force_host_platform_device_count=4"), 0)
 
+
+def test_two_processes_killed_stopped_and_continued_by_four_are_one(home, one):
     two = start(home, "many", *FLAGS, launcher=local(2, 2, restarts=1))
     wait_for_step(home, "many", 15, two)
     os.kill(children(two)[1], signal.SIGKILL)
@@ -136,6 +143,50 @@ def test_two_processes_killed_stopped_and_continued_by_four_are_one(home):
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=key)
     assert lines(home, "one", "samples.jsonl") == lines(home, "many", "samples.jsonl")
     assert (home / "many" / "report.html").stat().st_size > 10_000
+
+
+def test_two_processes_write_the_text_of_one(home, one):
+    words = [sys.executable, "-m", "jaxlm.generate", f"--workdir={home / 'one'}", "--tokens=8"]
+    outs = [end(command(home, *words, launcher=by), 0) for by in ((), local(2, 1))]
+    texts = [[line for line in out.splitlines() if "loading JAX" not in line] for out in outs]
+    assert texts[0]
+    assert texts[0] == texts[1]
+
+
+_BATTERY = """
+import json, sys
+import jax
+import test_battery as battery
+from jaxlm.host import cluster
+jax.config.update("jax_disable_most_optimizations", True)
+if where := cluster.place():
+    cluster.join(where, {}, lambda text: None)
+found = {}
+for name in sys.argv[1:]:
+    of = battery.training(name, sharded=True)
+    _, history = of.run(of.start(), of.batches())
+    found[name] = [{k: v.tolist() for k, v in metrics.items()} for metrics in history]
+    cluster.share()
+if cluster.process() == 0:
+    print(json.dumps(found))
+cluster.leave("", 0)
+"""
+
+
+def test_a_second_process_changes_nothing_in_the_battery(home):
+    names = ["next_token + learnability", "dpo + follow + migu"]
+    words = [sys.executable, "-c", _BATTERY, *names]
+    path = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "JAX_NUM_CPU_DEVICES": "8"}
+    out = end(command(home, *words, **path), 0)
+    one = json.loads(out.splitlines()[-1])
+    path["JAX_NUM_CPU_DEVICES"] = "4"
+    out = end(command(home, *words, launcher=local(2, 0), **path), 0)
+    two = json.loads(out.splitlines()[-1])
+    for name in names:
+        for a, b in zip(one[name], two[name], strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=2e-5, err_msg=key)
 
 
 def apart(home, name, count, flags=lambda i: (), **env):

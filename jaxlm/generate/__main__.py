@@ -4,6 +4,7 @@
         [--tokens=128] [--samples=1] [--temperature=0.8] [--top_k=0] [--seed=0] [--step=N]
 
 Reads the newest good checkpoint (or that of --step) and prints the prompt with its continuation.
+Several processes (see launch/) spread the model over all their devices, and process 0 prints.
 A model trained for minutes has the style of its text, and no meaning.
 """
 
@@ -24,14 +25,23 @@ from jaxlm.build import build
 from jaxlm.checkpoint import load_params
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate.sample import make_sampler
+from jaxlm.host import cluster
 from jaxlm.sharding import MeshSpec, make_mesh
 
 
 def main() -> int:
     flags = _flags().parse_args()
     _refuse(flags)
+    if where := cluster.place():
+        process.hush_libraries()
+        facts = {
+            "the version of jax": jax.__version__,
+            **{f"--{k}": v for k, v in vars(flags).items()},
+        }
+        cluster.join(where, facts, lambda text: None)
     for text in samples(flags):
-        print(text, flush=True)
+        if cluster.process() == 0:
+            print(text, flush=True)
     return 0
 
 
@@ -46,15 +56,15 @@ def samples(flags):
         ) from None
     run = configs.from_saved(configs.flatten(saved["config"]))
     tokenizer = tokenizers.load(workdir / "tokenizer")
-    device = jax.devices()[:1]
-    with jax.set_mesh(make_mesh(MeshSpec(), device)):
-        run = dataclasses.replace(run, mesh=MeshSpec())
-        built = build(run, tokenizer.vocabulary_size, device)
+    devices = jax.devices() if cluster.several() else jax.devices()[:1]
+    with jax.set_mesh(make_mesh(MeshSpec(), devices)):
+        run = dataclasses.replace(run, mesh=MeshSpec(), batch=len(devices), accumulate=1)
+        built = build(run, tokenizer.vocabulary_size, devices)
         params = load_params(
             workdir,
             built.abstract.params,
             step=flags.step,
-            say=lambda text: print(text, file=sys.stderr),
+            say=lambda text: print(text, file=sys.stderr) if cluster.process() == 0 else None,
         )
         sample = make_sampler(
             built.lm, run.data.length, temperature=flags.temperature, top_k=flags.top_k
