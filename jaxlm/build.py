@@ -52,8 +52,9 @@ class Built(NamedTuple):
     def trace(self):
         """The step traced for shapes alone: no array is made, so the devices need not be here."""
         step, _ = self.step()
+        key = jax.eval_shape(lambda: jax.random.key(0))
         with jax.set_mesh(self.mesh):
-            return step.trace(self.abstract, self.abstract_batch(), jax.random.key(0))
+            return step.trace(self.abstract, self.abstract_batch(), key)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a packed batch (`jaxlm.contract`)."""
@@ -73,11 +74,19 @@ class Built(NamedTuple):
         Nothing is counted that is computed twice to save memory, and of attention's products only
         the visible share: what a query may see of its row, taken as one document.
         """
-        plain = dataclasses.replace(self.run.model, attention="xla", remat="none")
-        traced = remade(self, plain).trace()
-        attention = flops.count_flops(traced.jaxpr, scope="attend")
+        total, attention = self.plain_flops("none")
         unseen = 1 - flops.visible_share(self.run.data.length, self.run.model.window)
-        return flops.count_flops(traced.jaxpr) - round(unseen * attention)
+        return total - round(unseen * attention)
+
+    def plain_flops(self, remat: str) -> tuple[int, int]:
+        """FLOPs of the step with that rematerialisation and whole products, and attention's share.
+
+        Traced with the layers scanned, which is quicker and counts the same, and with attention as
+        the plain products that any kernel stands for.
+        """
+        model = dataclasses.replace(self.run.model, attention="xla", remat=remat, scan_layers="on")
+        traced = remade(self, model).trace()
+        return flops.count_flops(traced.jaxpr), flops.count_flops(traced.jaxpr, scope="attend")
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of a batch that this process needs (`rows_here`), onto the mesh."""
@@ -140,6 +149,7 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
         )
     packed = not run.data.attend_across_documents
     lm = decoder(model, sharding.platform(mesh), packed=packed, sequence=mesh.shape["sequence"])
+    sharding.refuse_replicated(lm.axes, jax.eval_shape(lm.init, jax.random.key(0)), mesh)
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
     if run.method.wrap:
         tx = run.method.wrap(tx)

@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -320,14 +320,17 @@ def from_saved(flat: dict[str, Any]) -> Run:
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv: list[str], usage: str | None) -> tuple[Run, Any]:
+def parse(
+    argv: list[str], usage: str | None, define: Callable[[Any], None] | None = None
+) -> tuple[Run, Any]:
     """Reads `--config=FILE --config.key=value ...`; returns the checked run and the other flags.
 
-    Exits with one line for a key, value or file that is wrong.
+    `define` puts a command's own flags in the place of --dry_run. Exits with one line for a key,
+    value or file that is wrong.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "The recipe.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Say what would run, and stop.", flag_values=values)
+    (define or _define_dry_run)(values)
     if any(a in ("-h", "--help", "-help") for a in argv[1:]):
         print((usage or "").strip())
         raise SystemExit(0)
@@ -344,6 +347,10 @@ def parse(argv: list[str], usage: str | None) -> tuple[Run, Any]:
     except (AttributeError, KeyError, ValueError, TypeError, OSError, flags.Error) as e:
         raise SystemExit(f"config: {_for_people(e, argv)}") from None
     return check(c, overrides), values
+
+
+def _define_dry_run(values):
+    flags.DEFINE_bool("dry_run", False, "Say what would run, and stop.", flag_values=values)
 
 
 def _recipe(argv):

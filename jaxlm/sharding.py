@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -59,12 +60,29 @@ class MeshSpec:
 
 
 def make_mesh(spec: MeshSpec, devices=None, *, explicit: bool = False) -> Mesh:
-    """The one place a mesh is made. `devices` defaults to all of them."""
+    """The one place a mesh is made. `devices` defaults to all of them.
+
+    Of several TPU slices, which only a slower network joins, `data` is the axis between them.
+    """
     devices = jax.devices() if devices is None else devices
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(
-        spec.sizes(len(devices)), MESH_AXES, axis_types=(kind,) * len(MESH_AXES), devices=devices
-    )
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(MESH_AXES)
+    sizes, slices = spec.sizes(len(devices)), _slices(devices)
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+    if sizes[0] % len(slices):
+        raise ValueError(
+            f"config.mesh.data={sizes[0]} is the axis between the {len(slices)} TPU slices here: "
+            f"it has to be a multiple of {len(slices)}"
+        )
+    inner = (sizes[0] // len(slices), *sizes[1:])
+    parts = [jax.make_mesh(inner, MESH_AXES, axis_types=kinds, devices=part) for part in slices]
+    return Mesh(np.concatenate([part.devices for part in parts]), MESH_AXES, axis_types=kinds)
+
+
+def _slices(devices) -> list[list]:
+    """The devices of each TPU slice; anything else is one."""
+    number = lambda d: (getattr(d, "slice_index", 0) or 0) if d.platform == "tpu" else 0
+    return [[d for d in devices if number(d) == n] for n in sorted({number(d) for d in devices})]
 
 
 def spec_of(*logical: str | None) -> PartitionSpec:
@@ -89,6 +107,40 @@ def fitting_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
     return PartitionSpec(
         *(axis if size % ways(axis) == 0 else None for axis, size in zip(spec, shape, strict=True))
     )
+
+
+def refuse_replicated(axes: Any, shapes: Any, mesh: Mesh, limit: float = 0.02) -> None:
+    """Raises `ValueError` if many of the params lie whole on devices that should each hold a part.
+
+    `limit`: share of the bytes of the params in which that may be so, since some axis that should
+    be split is one that the mesh does not divide.
+    """
+    found, total = [], 0
+    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    for (path, leaf), logical in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), names, strict=True
+    ):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        ways = lambda spec: math.prod(mesh.shape[a] for axis in spec for a in _tuple(axis))
+        whole = ways(fitting_spec(logical, leaf.shape, mesh)) == 1 < ways(spec_of(*logical))
+        total += size
+        if whole:
+            where = "/".join(str(entry.key) for entry in path)
+            split = " × ".join(
+                f"{n} over {'×'.join(_tuple(LOGICAL[axis]))}"
+                for axis, n in zip(logical, leaf.shape, strict=True)
+                if axis and LOGICAL[axis] and ways((LOGICAL[axis],)) > 1
+            )
+            found.append((size, f"{where} ({split})"))
+    share = sum(size for size, _ in found) / total
+    if share > limit:
+        largest = ", ".join(text for _, text in sorted(found, reverse=True)[:3])
+        sizes = " × ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise ValueError(
+            f"mesh {sizes} would leave {share:.0%} of the parameter bytes whole on every device, "
+            f"since its sizes do not divide theirs: {largest}; change --config.mesh.* or the "
+            "model's sizes"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

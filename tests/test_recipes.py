@@ -64,7 +64,7 @@ def losses(run, steps):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_shrinks_and_takes_two_steps(path):
     c = load(path)
-    c.model.update(width=64, layers=2, heads=2, kv_heads=0, head_width=0, ffn_width=0)
+    c.model.update(width=64, layers=2, heads=2, kv_heads=0, head_width=0, ffn_width=0, vocabulary=0)
     c.batch, c.accumulate, c.data.length = 2, 1, 32
     found = losses(check(c), 2)
     assert np.isfinite(found).all()

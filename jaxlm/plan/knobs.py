@@ -1,0 +1,68 @@
+"""Which knobs of a recipe would save memory, the largest saving first; reckoned, not compiled."""
+
+from typing import NamedTuple
+
+from jaxlm.build import build
+from jaxlm.config import Run
+from jaxlm.models.options import REMAT
+from jaxlm.plan import memory
+from jaxlm.plan.make import Plan, changed
+
+
+class Knob(NamedTuple):
+    flag: str
+    saves: float  # bytes on one device
+    costs: str
+
+
+def helpful(plan: Plan) -> list[Knob]:
+    """Knobs that save at least 1 % of what a device holds."""
+    run, before = plan.built.run, plan.memory.total
+    found = []
+    for flag, costs, other in _candidates(run, dict(plan.built.mesh.shape)):
+        try:
+            built = build(other, run.model.vocabulary, list(plan.built.mesh.devices.flat))
+        except ValueError:  # rows or heads that would not divide
+            continue
+        saves = before - memory.reckon(built).total
+        if saves > 0.01 * before:
+            found.append(Knob(flag, saves, costs))
+    return sorted(found, key=lambda knob: -knob.saves)
+
+
+def _candidates(run: Run, sizes: dict[str, int]):
+    """(flag, what it costs, the run with it)."""
+    for name in REMAT:
+        if name not in ("none", run.model.remat):
+            costs = {
+                "full": "each block's forward pass once more",
+                "dots_offloaded": "traffic to the host",
+            }.get(name, "part of each block's forward pass once more")
+            yield f"--config.model.remat={name}", costs, changed(run, model__remat=name)
+    for times in (2, 4):
+        micro = run.accumulate * times
+        text = f"weights gathered {times} times as often"
+        yield f"--config.accumulate={micro}", text, changed(run, accumulate=micro)
+    chunk = (run.model.loss_chunk or run.batch * run.data.length) // 4
+    yield (
+        f"--config.model.loss_chunk={chunk}",
+        "little",
+        changed(run, model__loss_chunk=chunk),
+    )
+    if run.optimizer.moment_dtype != "bfloat16":
+        yield (
+            "--config.optimizer.moment_dtype=bfloat16",
+            "a coarser first moment",
+            changed(run, optimizer__moment_dtype="bfloat16"),
+        )
+    if sizes["data"] > 1:
+        text = "parameters gathered from more devices"
+        flag = "--config.mesh.data=1 --config.mesh.fsdp=-1"
+        yield flag, text, changed(run, mesh__data=1, mesh__fsdp=-1)
+    for axis in ("tensor", "sequence"):
+        size = 2 * sizes[axis]
+        yield (
+            f"--config.mesh.{axis}={size} --config.accumulate={run.accumulate}",
+            "activations exchanged in every block",
+            changed(run, **{f"mesh__{axis}": size, "mesh__fsdp": -1}),
+        )

@@ -1,0 +1,85 @@
+"""How long a step should take: each of its parts at the speed that the hardware allows.
+
+    products      FLOPs / peak, or the traffic of those instructions / memory bandwidth if longer
+    the rest      traffic of all other instructions / memory bandwidth
+    links         bytes sent within a slice or node / link bandwidth
+    network       bytes sent between them / network bandwidth
+
+Computing is products and the rest, one after the other. Collectives within a slice are hidden
+behind it as far as they fit; those over the network are not. The bandwidths are taken at a share
+that good programs reach (`REACHED`); the peak is not, so what is told is what the program could
+reach, and a run that stays below it has something else to look for.
+
+A torus gives a group all links of the dimensions along which its members differ, half of them where
+the slice does not close a ring there.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.plan.collectives import Collective
+from jaxlm.plan.topology import Topology
+from jaxlm.plan.traffic import Traffic
+
+REACHED = 0.9  # of memory, link and network bandwidth
+RING = {"v4": 4, "v5p": 4, "v5e": 16, "v6e": 16}  # a dimension of this many chips closes a ring
+
+
+class Times(NamedTuple):
+    """Seconds of a step."""
+
+    products: float
+    rest: float
+    links: float
+    network: float
+
+    @property
+    def computing(self) -> float:
+        return self.products + self.rest
+
+    @property
+    def step(self) -> float:
+        """Collectives within a slice hidden as far as they fit."""
+        return max(self.computing, self.links) + self.network
+
+    @property
+    def nothing_hidden(self) -> float:
+        return self.computing + self.links + self.network
+
+
+def times(
+    topology: Topology, devices: list, flops_of_one: float, moved: Traffic, sent: list[Collective]
+) -> Times:
+    """Times of a step. `devices` in the order of the mesh; `flops_of_one`: what one computes."""
+    chip = topology.chip
+    memory = chip.memory * REACHED
+    links = network = 0.0
+    for one in sent:
+        speed, over_network = bandwidth(topology, [devices[i] for i in one.members])
+        seconds = one.total / (speed * REACHED)
+        links, network = links + seconds * (not over_network), network + seconds * over_network
+    products = max(flops_of_one / chip.flops, moved.with_products / memory)
+    return Times(products, moved.without / memory, links, network)
+
+
+def bandwidth(topology: Topology, devices: list) -> tuple[float, bool]:
+    """Bytes/s that each device of a group can send to it; whether that is over the network."""
+    chip = topology.chip
+    if chip.torus:
+        if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
+            return chip.network, True
+        return _of_torus(chip, topology.grid, devices), False
+    if chip.joined and len({d.id // chip.joined for d in devices}) > 1:
+        return chip.network, True
+    return chip.link, False
+
+
+def _of_torus(chip, grid, devices):
+    places = np.array([d.coords for d in devices])[:, : len(grid)]
+    dimensions = [len(set(along)) > 1 for along in places.T]
+    closed = [size % RING[chip.name] == 0 and size >= RING[chip.name] for size in grid]
+    share = sum(
+        (1.0 if ring else 0.5) for used, ring in zip(dimensions, closed, strict=True) if used
+    )
+    return chip.link * max(share, 0.5) / chip.torus

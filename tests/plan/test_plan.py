@@ -1,0 +1,251 @@
+"""Plans against what is known by hand, against the compiler, and against a run."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+import tiny
+
+from jaxlm.build import build
+from jaxlm.chips import CHIPS
+from jaxlm.config import check
+from jaxlm.plan import hlo, knobs, make, memory, reckon, roofline, sweep, topology
+from jaxlm.plan.collectives import Collective, by_kind_and_axes
+from jaxlm.plan.program import compile_step
+from jaxlm.plan.traffic import Traffic, traffic
+
+MEASURE = pathlib.Path(__file__).with_name("measure.py")
+
+
+def run(batch=8, **model):
+    c = tiny.get_config()
+    c.batch = batch
+    c.model.update(vocabulary=256, **model)
+    return check(c)
+
+
+@pytest.fixture(scope="module")
+def here():
+    chip = topology.CHIPS["v5e"]._replace(name="cpu", platform="cpu", torus=0, joined=0)
+    return topology.Topology("cpu:8", chip, jax.devices(), ())
+
+
+def test_the_state_by_kind():
+    """Sharded over all eight but for the norms; Adam holds two moments of each parameter."""
+    built = build(run(), 256, jax.devices())
+    held = memory.reckon(built)
+    scales = 4 * (2 * 2 * 32 + 32)
+    kernels = 4 * sum(reckon.parameters(built.run))
+    assert held.parameters == held.gradients == kernels / 8 + scales
+    assert held.optimizer == pytest.approx(2 * held.parameters, abs=16)  # and two counts
+    assert held.extras == 0
+    assert held.total > held.state
+    followed = check(_with_reference())
+    built = build(followed, 256, jax.devices())
+    assert memory.reckon(built).extras == held.parameters + 4  # and a count
+
+
+def _with_reference():
+    c = tiny.get_config()
+    c.model.vocabulary = 256
+    c.method = "next_token + ema"
+    return c
+
+
+def test_stored_activations_by_hand():
+    """With full remat a block stores what it reads; and more rows store more."""
+    model, rows, length = memory.share_of_one(
+        run(remat="full"), {"tensor": 1, "data": 1, "fsdp": 8, "sequence": 1}
+    )
+    assert (rows, length) == (1, 32)
+    kept = memory.stored(model, rows, length, True)
+    stream = 4 * rows * length * 32
+    assert 2 * stream <= kept <= 6 * stream  # two blocks, the ends, masks and angles
+    more = dataclasses.replace(model, remat="none")
+    assert memory.stored(more, rows, length, True) > 3 * kept
+    assert memory.stored(model, 4 * rows, length, True) == pytest.approx(4 * kept, rel=0.01)
+    assert memory.stored(more, rows, length, False) > memory.stored(more, rows, length, True)
+
+
+@pytest.mark.slow
+def test_a_plan_agrees_with_the_compiler(here):
+    """Arguments to the byte, FLOPs within a tenth, all memory within a factor of two."""
+    recipe = run(width=64, layers=3, ffn_width=256, scan_layers="off")
+    made = make.plan(recipe, here)
+    whole = ("step", "guard")
+    rest = sum(
+        x.size * x.dtype.itemsize
+        for k in whole
+        for x in jax.tree.leaves(getattr(made.built.abstract, k))
+    )
+    batch = memory.on_one_device(made.built.abstract_batch())
+    sent = made.memory.state + rest + batch + 8  # the key
+    unread = memory.on_one_device(
+        {k: v for k, v in made.built.abstract_batch().items() if k in ("source", "index")}
+    )
+    assert made.compiled.arguments in (sent, sent - unread, sent - unread - 8)
+    compiled = made.built.trace().lower().compile()
+    flops = compiled.cost_analysis()["flops"] * 8
+    assert made.computed_flops == pytest.approx(flops, rel=0.1)
+    assert made.compiled.peak / 2 < made.memory.total < 2 * made.compiled.peak
+    assert made.fits
+    assert made.times.step > 0
+    scattered = by_kind_and_axes(made.compiled.collectives)
+    by_hand = reckon.sent(recipe, dict(made.built.mesh.shape))
+    assert sum(scattered.values()) == pytest.approx(by_hand.fsdp, rel=0.6)
+
+
+@pytest.mark.slow
+def test_memory_of_a_run_is_what_was_planned():
+    """The peak of resident memory while a step runs, next to the plan's, within a tenth."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not reset a process's peak of memory")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(
+        [sys.executable, MEASURE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.1), found
+
+
+@pytest.mark.slow
+def test_knobs_save_what_they_say():
+    built = build(run(batch=64, remat="none"), 256, jax.devices())
+    before = memory.reckon(built)
+    fake = types.SimpleNamespace(built=built, memory=before)
+    found = knobs.helpful(fake)
+    assert [k.saves for k in found] == sorted((k.saves for k in found), reverse=True)
+    by_flag = {k.flag: k for k in found}
+    full = by_flag["--config.model.remat=full"]
+    other = build(make.changed(built.run, model__remat="full"), 256, jax.devices())
+    assert full.saves == before.total - memory.reckon(other).total
+
+
+@pytest.mark.slow
+def test_sweep_ranks_by_time_what_fits(here):
+    recipe = run(batch=8, remat="none", heads=4, kv_heads=2, layers=1)
+    found = sweep.rank(recipe, here)
+    steps = [choice.times.step for choice in found]
+    assert steps == sorted(steps)
+    assert {choice.sizes["tensor"] for choice in found} == {1, 2}
+    assert {choice.run.model.remat for choice in found} == set(sweep.REMATS)
+    least = min(choice.bytes for choice in found)
+    tight = here._replace(chip=here.chip._replace(memory_bytes=least * 1.2))
+    kept = sweep.rank(recipe, tight)
+    assert kept
+    assert len(kept) < len(found)
+    assert all(choice.bytes < 0.9 * 1.2 * least for choice in kept)
+    assert not sweep.rank(recipe, here._replace(chip=here.chip._replace(memory_bytes=least / 2)))
+
+
+def test_traffic_by_hand():
+    """Of a stack that a loop slices each slice counts once, and so does what it updates."""
+    x = jax.numpy.ones((16, 128, 128))
+
+    def scaled(x):
+        return jax.lax.scan(lambda c, row: (c, row * 2), None, x)[1]
+
+    program = hlo.parse(jax.jit(scaled).lower(x).compile().as_text())
+    moved = traffic(program)
+    assert moved.with_products == 0
+    # Read once and written once; a CPU also clears what it will write.
+    assert 2 * x.nbytes <= moved.without <= 3.1 * x.nbytes
+    product = hlo.parse(jax.jit(lambda x: x[0] @ x[1]).lower(x).compile().as_text())
+    assert traffic(product).with_products >= 3 * 128 * 128 * 4
+
+
+def device(i, coords=(0, 0), slice_index=0):
+    return types.SimpleNamespace(id=i, coords=coords, slice_index=slice_index)
+
+
+def test_times_by_hand():
+    v5e = topology.Topology("v5e:16x16", CHIPS["v5e"], [], (16, 16))
+    row = [device(i, (i, 0)) for i in range(16)]
+    square = [device(i, divmod(i, 16)) for i in range(256)]
+    assert roofline.bandwidth(v5e, row) == (100e9, False)  # two of four links
+    assert roofline.bandwidth(v5e, square) == (200e9, False)
+    assert roofline.bandwidth(v5e, [device(0), device(1, slice_index=1)]) == (3.125e9, True)
+    small = v5e._replace(grid=(4, 4))  # no ring
+    assert roofline.bandwidth(small, square) == (100e9, False)
+    node = topology.Topology("h100:16", CHIPS["h100"], [], ())
+    assert roofline.bandwidth(node, [device(i) for i in range(8)]) == (450e9, False)
+    assert roofline.bandwidth(node, [device(i) for i in range(16)]) == (50e9, True)
+    sent = [Collective("all-gather", ("fsdp",), tuple(range(256)), 18e9, 10.0)]
+    times = roofline.times(v5e, square, 197e12, Traffic(0.0, 819e9 * 0.9), sent)
+    assert times == pytest.approx((1.0, 1.0, 1.0, 0.0))
+    assert (times.step, times.nothing_hidden) == pytest.approx((2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "said"),
+    [
+        ("v5e16x16", 1, "did you mean v5e:16x16"),
+        ("h100", 1, "did you mean h100:8"),
+        ("h100:none", 1, "there is no topology"),
+        ("h100:8", 2, "--slices=2 is for TPU slices"),
+        ("gpu", 1, "JAX finds no GPU here"),
+        ("cpu:9", 1, "only 8 CPU devices"),
+    ],
+)
+def test_wrong_topologies_are_told_in_a_sentence(name, slices, said):
+    with pytest.raises(ValueError, match=said):
+        topology.resolve(name, slices)
+
+
+def test_without_the_compiler_of_a_tpu_the_remedy_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]=='):
+        topology.resolve("v5e:4x4")
+
+
+def test_running_out_of_memory_is_an_answer(here, monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
+                "hbm. Exceeded hbm capacity by 4.75G."
+            )
+
+    built = build(run(), 256, jax.devices())
+    monkeypatch.setattr(type(built), "trace", lambda self: types.SimpleNamespace(lower=Lowered))
+    compiled = compile_step(built, here)
+    assert (compiled.program, compiled.peak / 2**30, compiled.has / 2**30) == (None, 20.5, 15.75)
+
+
+def test_parameters_left_whole_are_refused():
+    with pytest.raises(ValueError, match=r"whole on every device.*mlp.*change --config.mesh"):
+        build(run(width=36, head_width=18, ffn_width=60), 256, jax.devices())
+    # Where the mesh divides the sizes, or does not split at all, nothing is said.
+    build(run(width=36, head_width=18, ffn_width=60), 256, jax.devices()[:4])
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_tpu_that_is_not_here():
+    """In a process of its own: two slices of four chips, with the axis data between them."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU's compiler, is not installed: pip install libtpu")
+    command = [
+        sys.executable,
+        "-m",
+        "jaxlm.plan",
+        f"--config={tiny.__file__}",
+        "--topology=v5e:2x2",
+    ]
+    command += ["--slices=2", "--config.mesh.data=2", "--config.model.vocabulary=256"]
+    command += ["--config.model.width=256", "--config.data.length=128", "--config.model.heads=2"]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 × v5e in 2 slices, mesh data 2 × fsdp 4" in done.stdout
+    assert "it fits" in done.stdout
+    assert "all-gather" in done.stdout
+    assert "network" in done.stdout
