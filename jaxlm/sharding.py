@@ -157,6 +157,12 @@ def rows_divide_by(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def ways(logical: str) -> int:
+    """Devices of the current mesh that an axis of this name is split over."""
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(shape.get(axis, 1) for axis in _tuple(LOGICAL[logical]))
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Lays `x` out by its logical axes under the current mesh; without a mesh, returns it.
 

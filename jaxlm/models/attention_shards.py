@@ -53,7 +53,7 @@ def tokens_on_each_device(fn: Callable[[jax.Array], jax.Array], x_BLD: jax.Array
     mesh = jax.sharding.get_abstract_mesh()
     B, L, _ = x_BLD.shape
     spec = PartitionSpec(_axes(mesh, "batch", B), _axes(mesh, "length", L), None)
-    return jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)(x_BLD)
+    return jax.shard_map(fn, in_specs=spec, out_specs=spec)(x_BLD)
 
 
 def _axes(mesh, logical, size):

@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, layers
+from jaxlm.models import attention_ring, layers, lookup
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 
 __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers", "unstack_layers"]
@@ -60,12 +60,12 @@ class Embedding(nnx.Module):
         self.dtype = config.dtype
 
     def __call__(self, tokens_BL):
-        x_BLD = sharding.take_rows(self.table[...], tokens_BL, "batch", "length", "width")
-        return x_BLD.astype(self.dtype)
+        return lookup.rows(self.table[...], tokens_BL, self.dtype)
 
-    def logits(self, hidden):
-        table_VD = layers.gathered(self.table, hidden.dtype, "vocabulary", "embed")
-        return layers.float32_product("...D,VD->...V", hidden, table_VD)
+    def logits(self):
+        """hidden -> logits; gathers the table first."""
+        table_VD = layers.gathered(self.table, self.dtype, "vocabulary", "embed")
+        return lambda hidden: layers.float32_product("...D,VD->...V", hidden, table_VD)
 
 
 class Head(nnx.Module):
@@ -75,10 +75,12 @@ class Head(nnx.Module):
         draw = layers.truncated_normal(config.init_scale**2 / 4)
         shape = config.width, config.vocabulary
         self.kernel = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
+        self.dtype = config.dtype
 
-    def logits(self, hidden):
-        kernel_DV = layers.gathered(self.kernel, hidden.dtype, *layers.KERNEL_AXES["head"])
-        return layers.float32_product("...D,DV->...V", hidden, kernel_DV)
+    def logits(self):
+        """hidden -> logits; gathers the kernel first."""
+        kernel_DV = layers.gathered(self.kernel, self.dtype, *layers.KERNEL_AXES["head"])
+        return lambda hidden: layers.float32_product("...D,DV->...V", hidden, kernel_DV)
 
 
 class Ends(nnx.Module):
@@ -124,14 +126,17 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
         x_BLD = ends.final_norm(x_BLD)
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
 
-    def unembed(params, hidden):
+    def head(params):
         ends = ends_of(_without_blocks(params))
-        logits = (ends.embed if config.tied else ends.head).logits(hidden)
-        return layers.soft_cap(logits, config.logit_soft_cap)
+        logits = (ends.embed if config.tied else ends.head).logits()
+        return lambda hidden: layers.soft_cap(logits(hidden), config.logit_soft_cap)
+
+    def unembed(params, hidden):
+        return head(params)(hidden)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, scanned), shapes)
-    return LM(init, hidden, unembed, axes, config.loss_chunk)
+    return LM(init, hidden, unembed, axes, config.loss_chunk, head)
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
