@@ -263,6 +263,25 @@ def test_a_process_whose_digest_is_missing(checkpoints, said):
     assert_same(checkpoints.restore(20, abstract(toy())), toy(20))
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_work_of_looking_for_damage(checkpoints, processes):
+    folder = checkpoints.directory / "20"
+    files = digests._data_files(folder)
+    assert len(files) > processes
+    for name in files:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b"x")
+        found = []
+        for process in range(processes):
+            try:
+                digests.verify(folder, process=process, processes=processes)
+            except digests.Damaged as error:
+                found.append(str(error))
+        assert len(found) == 1
+        assert name in found[0]
+        (folder / name).write_bytes(content)
+
+
 # Another model is not damage.
 
 
