@@ -7,10 +7,10 @@
 
 Process 0 listens, and every other process keeps one connection to it for the whole run. The kernel
 closes that when a process dies, however it dies, so all know within a moment and end with a
-sentence, whatever they are waiting for: a collective, a file, each other. JAX's own heartbeat takes
-a minute and ends a process by an abort and a wall of text; it stays as the second line, for
-processes that are frozen. A host that loses power is found by the kernel's probes, within
-`PROBED_SECONDS`. Messages are lines of JSON. Standard library only; nothing here knows of JAX.
+sentence, whatever they are waiting for: a collective, a file, each other. A host that loses power
+is found by the kernel's probes, within `PROBED_SECONDS`. JAX's own heartbeat takes longer, and ends
+a process by an abort and a wall of text; it stays for processes that are frozen. Messages are lines
+of JSON. Standard library only; nothing here knows of JAX.
 """
 
 import collections
@@ -30,6 +30,7 @@ PROBED_SECONDS = 30  # until a host that no longer answers at all counts as gone
 LAST_WORDS_SECONDS = 5.0  # that a failing process waits for the others to hear of it
 HELLO_BYTES = 2**24  # at most
 ALIKE_SECONDS = 0.5  # for several processes to find the same thing wrong
+QUIET_SECONDS = 30.0  # after which a process says that it still waits for process 0
 WALL_SECONDS = 1.0  # for XLA's own words about the loss of process 0, so that ours are the last
 
 
@@ -130,7 +131,8 @@ class Fellows:
         raise ValueError(text)
 
     def _answer(self, hello, seconds, note):
-        end, said = time.monotonic() + seconds, None
+        began, said, told = time.monotonic(), None, False
+        end = began + seconds
         while said is None:
             try:
                 link = socket.create_connection(self._place, timeout=10)
@@ -138,6 +140,9 @@ class Fellows:
             except (OSError, ValueError) as error:
                 place = ":".join(map(str, self._place))
                 note(f"waiting for process 0 at {place}")
+                if not told and time.monotonic() > began + QUIET_SECONDS:
+                    told = True  # on stderr: elsewhere than on process 0 the console is silent
+                    print(f"{self.prefix()}waiting for process 0 at {place}", file=sys.stderr)
                 if time.monotonic() > end:
                     raise ValueError(
                         f"process 0 did not answer at {place} within {seconds:g} seconds "
@@ -334,8 +339,10 @@ class Fellows:
 
 
 def _listener(port):
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        return socket.create_server(("", port), backlog=4096, reuse_port=False)
+        return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
     except OSError as error:
         raise ValueError(
             f"process 0 cannot listen on port {port}, the one after the coordinator's: "
