@@ -1,0 +1,100 @@
+"""The whole step of a decoder on eight fake devices: with its layouts as types, and its memory."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import sharding
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.methods.next_token import next_token
+from jaxlm.models.transformer import DecoderConfig, decoder
+from jaxlm.optim import OptimizerSpec
+from jaxlm.optim import build as build_optimizer
+from jaxlm.optim.state import state_shardings
+from jaxlm.step import init_state, make_step
+
+TENSOR = sharding.MeshSpec(fsdp=4, tensor=2)
+SEQUENCE = sharding.MeshSpec(data=2, fsdp=2, sequence=2)
+ROWS, LENGTH, VOCABULARY = 8, 16, 64
+
+
+def batch():
+    """Two documents in each row, and two tokens of padding."""
+    words = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
+    place = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    segments = np.where(place < 6, 1, np.where(place < 14, 2, 0)).astype(np.int32)
+    positions = np.where(place < 6, place, place - 6).astype(np.int32)
+    weights = (segments > 0).astype(np.float32)
+    tokens, targets = words[:, :-1], words[:, 1:]
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "segments": segments,
+        "positions": positions,
+    }
+
+
+def make(mesh_spec, *, explicit=False, **options):
+    """Mesh, first state and step."""
+    mesh = sharding.make_mesh(mesh_spec, explicit=explicit)
+    sizes = {"vocabulary": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2}
+    attention = "xla" if mesh_spec.sequence == 1 else "auto"
+    config = DecoderConfig(**sizes, scan_layers="on", attention=attention, **options)
+    lm = decoder(config, "cpu", sequence=mesh_spec.sequence)
+    tx, _ = build_optimizer(OptimizerSpec(), 100, lm.axes)
+    method = next_token()
+    start = lambda key: init_state(lm.init(key), method, tx)
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    layout = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)._replace(
+        params=sharding.param_shardings(lm.axes, shapes.params, mesh),
+        opt_state=state_shardings(tx, shapes.params, lm.axes, mesh),
+    )
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(jax.jit(start)(key), layout)
+    return mesh, state, make_step(lm, method, tx, shardings=layout)
+
+
+def take(mesh, state, step, steps=2):
+    """The state after these steps, and the last metrics."""
+    key = jax.random.key(1)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
+        for _ in range(steps):
+            state, metrics = step(state, rows, key)
+    return state, metrics
+
+
+# AdamW only: in Muon's iteration the compiler chooses the layouts of the products.
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [TENSOR, SEQUENCE], ids=["tensor", "sequence"])
+def test_explicit_axes_give_the_same_step(spec):
+    expected, metrics = take(*make(spec))
+    actual, typed = take(*make(spec, explicit=True))
+    np.testing.assert_allclose(typed["loss"], metrics["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.slow
+def test_a_restored_state_is_donated_whole(tmp_path):
+    mesh, state, step = make(TENSOR)
+    items = {"params": state.params, "opt_state": state.opt_state, "guard": state.guard}
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, items, {})
+        restored = state._replace(**checkpoints.restore(1, jax.tree.map(place, items)))
+
+    def addresses(state):
+        return {
+            shard.data.unsafe_buffer_pointer()
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+        }
+
+    before = addresses(restored)
+    after, _ = take(mesh, restored, step, steps=1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(restored))
+    assert addresses(after) == before
