@@ -118,10 +118,21 @@ def _asked_of_jax():
     package = "libtpu" if tpu else "kubernetes"
     if not (tpu or pods) or importlib.util.find_spec(package) is None:
         return None
-    address, processes, process, _ = _detected(name)
+    try:
+        address, processes, process, _ = _detected(name)
+    except ValueError:
+        # A TPU without a metadata server to ask is alone, unless its environment knows of others.
+        more = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or _slices() > 1
+        if pods or more or importlib.util.find_spec("requests") is None:  # which the asking takes
+            raise
+        return None
     if address is None or processes is None or processes == 1:
         return None
     return _checked(address, processes, process, None, name)
+
+
+def _slices():
+    return int(os.environ.get("MEGASCALE_NUM_SLICES", "1") or 1)
 
 
 def _detected(name):

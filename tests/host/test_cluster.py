@@ -6,7 +6,17 @@ import pytest
 
 from jaxlm.host import cluster
 
-HINTS = ("JAX_", "SLURM_", "OMPI_", "JOB_COMPLETION", "KUBERNETES_", "CUDA_", "JAXLM_", "TPU_")
+HINTS = (
+    "JAX_",
+    "SLURM_",
+    "OMPI_",
+    "JOB_COMPLETION",
+    "KUBERNETES_",
+    "CUDA_",
+    "JAXLM_",
+    "TPU_",
+    "MEGASCALE_",
+)
 SLURM = {
     "SLURM_JOB_ID": "4242",
     "SLURM_STEP_NODELIST": "node[007-010]",
@@ -120,6 +130,43 @@ def test_a_scheduler_that_hides_process_0_needs_its_address(place):
         place(hidden)
     found = place(hidden, JAX_COORDINATOR_ADDRESS="10.0.0.1:9000")
     assert (found.host, found.port, found.process) == ("10.0.0.1", 9000, 1)
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """A host with TPUs, where no metadata server answers."""
+    from jax._src.clusters import cloud_tpu_cluster
+    from jax._src.clusters import cluster as jax_cluster
+
+    def nobody(key):
+        raise OSError("no metadata server")
+
+    for module in (cloud_tpu_cluster, jax_cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", nobody)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(cluster, "tpu_is_here", lambda: True)
+
+
+TWO_SLICES = {
+    "TPU_WORKER_HOSTNAMES": "a,b",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+
+
+def test_hosts_of_two_tpu_slices(place, tpu):
+    """As on GKE, where the environment says it, and JAX counts together."""
+    found = place(TWO_SLICES, TPU_SKIP_MDS_QUERY="1")
+    assert found == cluster.Place("localhost", 8482, 4, 3, None, "Cloud TPU")
+
+
+def test_a_tpu_without_a_metadata_server_is_alone_unless_it_knows_of_others(place, tpu):
+    assert place() is None
+    with pytest.raises(ValueError, match="Cloud TPU, and the others could not be found: no meta"):
+        place(TWO_SLICES)
 
 
 def test_the_first_difference_names_host_and_both_values():
