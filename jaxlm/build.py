@@ -29,6 +29,7 @@ class Built(NamedTuple):
     tx: optax.GradientTransformation
     schedule: Any  # step -> learning rate
     abstract: TrainState  # shapes, dtypes and shardings of the whole state
+    scorer: LM  # for evaluation, whose rows hold several documents that must not see each other
 
     def step(self):
         """The jitted training step, and what runs between steps."""
@@ -81,12 +82,17 @@ class Built(NamedTuple):
     def plain_flops(self, remat: str) -> tuple[int, int]:
         """FLOPs of the step with that rematerialisation and whole products, and attention's share.
 
+        Those of the optimizer (Muon has some) do not count.
+
         Traced with the layers scanned, which is quicker and counts the same, and with attention as
         the plain products that any kernel stands for.
         """
         model = dataclasses.replace(self.run.model, attention="xla", remat=remat, scan_layers="on")
         traced = remade(self, model).trace()
-        return flops.count_flops(traced.jaxpr), flops.count_flops(traced.jaxpr, scope="attend")
+        whole, attention, optimizer = (
+            flops.count_flops(traced.jaxpr, scope=scope) for scope in ("", "attend", "optimizer")
+        )
+        return whole - optimizer, attention
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of a batch that this process needs (`rows_here`), onto the mesh."""
@@ -115,7 +121,8 @@ class Built(NamedTuple):
 
     def load(self, path: str):
         """The params of a finished run or a checkpoint, laid out like ours."""
-        return load_params(Path(path).expanduser(), self.abstract.params)
+        verify = self.run.checkpoint.verify
+        return load_params(Path(path).expanduser(), self.abstract.params, verify=verify)
 
     def first_state(self) -> TrainState:
         """The state that a new run starts from."""
@@ -149,13 +156,17 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
         )
     packed = not run.data.attend_across_documents
     lm = decoder(model, sharding.platform(mesh), packed=packed, sequence=mesh.shape["sequence"])
+    scorer = lm
+    if not packed:  # a backend may be right for training then, and wrong for evaluation
+        alike = dataclasses.replace(model, attention="auto")
+        scorer = decoder(alike, sharding.platform(mesh), sequence=mesh.shape["sequence"])
     sharding.refuse_replicated(lm.axes, jax.eval_shape(lm.init, jax.random.key(0)), mesh)
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
     if run.method.wrap:
         tx = run.method.wrap(tx)
     tx = optax.with_extra_args_support(tx)
     run = dataclasses.replace(run, model=model)
-    return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx))
+    return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx), scorer)
 
 
 def remade(built: Built, model) -> Built:

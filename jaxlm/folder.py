@@ -44,11 +44,13 @@ def claim(run: Run):
         try:
             if cluster.process() == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"another process is training in {run.workdir}; wait for it, or choose another "
                 "--config.workdir"
             ) from None
+        except OSError:
+            pass  # a file system without locks
         _refuse_another_run(run)
         yield
 

@@ -49,7 +49,7 @@ class Observer:
         }
         ways = rows_divide_by(built.mesh)
         batch = -(-run.eval.batch // ways) * ways
-        self.held = HeldOut(built.lm, sources, batch=batch, put=built.put_whole)
+        self.held = HeldOut(built.scorer, sources, batch=batch, put=built.put_whole)
         self.sampler = make_sampler(built.lm, length, temperature=TEMPERATURE)
         shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}

@@ -110,10 +110,10 @@ def fitting_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
 
 
 def refuse_replicated(axes: Any, shapes: Any, mesh: Mesh, limit: float = 0.02) -> None:
-    """Raises `ValueError` if many of the params lie whole on devices that should each hold a part.
+    """Raises `ValueError` if devices would hold much more of the params than their part.
 
-    `limit`: share of the bytes of the params in which that may be so, since some axis that should
-    be split is one that the mesh does not divide.
+    `limit`: share of the bytes of the params that may be copies, since some axis that should be
+    split is one that the mesh does not divide.
     """
     found, total = [], 0
     names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -122,9 +122,10 @@ def refuse_replicated(axes: Any, shapes: Any, mesh: Mesh, limit: float = 0.02) -
     ):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         ways = lambda spec: math.prod(mesh.shape[a] for axis in spec for a in _tuple(axis))
-        whole = ways(fitting_spec(logical, leaf.shape, mesh)) == 1 < ways(spec_of(*logical))
+        parts, wanted = ways(fitting_spec(logical, leaf.shape, mesh)), ways(spec_of(*logical))
         total += size
-        if whole:
+        if parts < wanted:
+            size *= 1 - parts / wanted
             where = "/".join(str(entry.key) for entry in path)
             split = " × ".join(
                 f"{n} over {'×'.join(_tuple(LOGICAL[axis]))}"
@@ -137,9 +138,9 @@ def refuse_replicated(axes: Any, shapes: Any, mesh: Mesh, limit: float = 0.02) -
         largest = ", ".join(text for _, text in sorted(found, reverse=True)[:3])
         sizes = " × ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
         raise ValueError(
-            f"mesh {sizes} would leave {share:.0%} of the parameter bytes whole on every device, "
-            f"since its sizes do not divide theirs: {largest}; change --config.mesh.* or the "
-            "model's sizes"
+            f"mesh {sizes} would leave {share:.0%} of the parameter bytes replicated that should "
+            f"be split, since its sizes do not divide theirs: {largest}; change --config.mesh.* or "
+            "the model's sizes"
         )
 
 

@@ -134,12 +134,11 @@ def _estimate(console, built):
     with console.phase(3, 6, "estimate", f"compiling, then timing {TRIED_STEPS} steps on zeros"):
         step, _ = built.step()
         shape = (run.rows, run.data.length)
-        zeros = {
-            k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "segments", "positions")
-        }
-        zeros |= {"weights": np.ones(shape, np.float32)}
-        zeros |= {k: np.zeros(shape[:1], np.int32) for k in ("source", "index")}
-        batch, state, key = built.put_whole(zeros), built.first_state(), jax.random.key(0)
+        rows = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets")}
+        rows |= {"segments": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32)}
+        rows |= {"positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)}
+        rows |= {k: np.zeros(shape[:1], np.int32) for k in ("source", "index")}
+        batch, state, key = built.put_whole(rows), built.first_state(), jax.random.key(0)
         compiled = step.lower(state, batch, key).compile()
         memory = compiled.memory_analysis()
         state, metrics = compiled(state, batch, key)

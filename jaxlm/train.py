@@ -165,6 +165,7 @@ def _train(
                 if not journal.skipping:  # else the params may be what is wrong
                     resume = journal.pause()
                     with clock("checkpoint"):
+                        writer.flush()  # a checkpoint never knows of steps that their file does not
                         save(built, prepared, checkpoints, state, observer.figures_at(step + 1))
                     resume()
             if journal.skipped_in_row >= run.guard.stop_after:
@@ -236,7 +237,7 @@ def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints)
     """
     latest = checkpoints.latest()
     frozen = set(built.run.method.extras) - written_extras(built.run.method)
-    if latest is None and (lost := checkpoints.completed()):
+    if latest is None and (lost := cluster.broadcast(checkpoints.completed())):
         raise ValueError(
             f"none of the checkpoints in {checkpoints.directory} can be used (steps {lost}; the "
             "reasons are above); put back a copy of one, or delete the work folder to train anew"
@@ -313,7 +314,7 @@ def main() -> int:
 
 
 def _work(run: Run, console: Console) -> int:
-    if finished := folder.finished(run):
+    if finished := cluster.broadcast(folder.finished(run)):
         if not folder.page_is_newest(run):  # stopped while it was written
             _page(run)
         console.say(finished)

@@ -1,4 +1,4 @@
-"""What a run needs, told from shapes alone: the model's FLOPs as MFU counts them."""
+"""What a run is made of, told from shapes alone: its models, and their FLOPs as MFU counts them."""
 
 import dataclasses
 
@@ -6,9 +6,12 @@ import jax
 import pytest
 import tiny
 
+from jaxlm import build as build_module
+from jaxlm import sharding
 from jaxlm.build import build, remade
 from jaxlm.config import check
 from jaxlm.flops import count_flops, visible_share
+from jaxlm.models import transformer
 
 ROWS, LENGTH, D, F, V, LAYERS, H, G, K = 8, 32, 32, 64, 300, 2, 4, 2, 8
 
@@ -27,6 +30,42 @@ def test_model_flops_are_those_of_the_formula(window):
     seen = visible_share(LENGTH, window) * LENGTH
     by_hand = 3 * ROWS * LENGTH * (2 * weights + LAYERS * 4 * seen * H * K)
     assert built_with(window=window).model_flops() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_the_optimizer_is_not_the_model():
+    c = tiny.get_config()
+    one_device = jax.devices()[:1]
+    counts = []
+    for name in ("adamw", "muon"):
+        c.optimizer.name = name
+        counts.append(build(check(c), V, one_device).model_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_evaluation_keeps_documents_apart_whatever_training_does(monkeypatch):
+    made = []
+
+    def decoder(config, platform, **how):
+        made.append((config.attention, how.get("packed", True)))
+        return transformer.decoder(config, platform, **how)
+
+    monkeypatch.setattr(build_module, "decoder", decoder)
+    c = tiny.get_config()
+    c.model.attention = "xla"
+    c.data.attend_across_documents = True
+    built = build(check(c), V, jax.devices()[:1])
+    assert made == [("xla", False), ("auto", True)]
+    assert built.scorer is not built.lm
+
+
+def test_copies_count_where_an_axis_is_split_only_in_part():
+    mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))
+    leaf = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, "float32")}
+    axes = {"kernel": ("embed", "ffn")}
+    sharding.refuse_replicated(axes, leaf(128, 256), mesh)
+    for shape, share in (((130, 256), "75%"), ((130, 255), "88%")):
+        with pytest.raises(ValueError, match=f"{share} of the parameter bytes replicated"):
+            sharding.refuse_replicated(axes, leaf(*shape), mesh)
 
 
 def test_model_flops_depend_on_no_way_to_save_time_or_memory():

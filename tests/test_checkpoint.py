@@ -400,7 +400,27 @@ def test_a_failed_save_does_not_hide_another_error(checkpoints, said, monkeypatc
     checkpoints.save(30, toy(30), {})
     with pytest.raises(KeyError, match="first"), checkpoints:
         raise KeyError("first")
-    assert any("checkpoint 30 could not be written" in line for line in said)
+    assert any("the last checkpoint was not saved: division by zero" in line for line in said)
+
+
+def test_only_what_a_person_can_mend_is_told_as_such(checkpoints, monkeypatch):
+    monkeypatch.setattr(digests, "write", lambda *args, **kwargs: 1 / 0)
+    checkpoints.save(30, toy(30), {})
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.wait()
+    assert checkpoints.steps() == [10, 20]
+
+
+def test_the_first_checkpoint_on_a_full_disk_has_none_before_it(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(digests, "write_atomically", full)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, toy(1), {})
+    with pytest.raises(SaveError, match=r"the first one; free some space.*start again"):
+        checkpoints.wait()
+    assert not [*checkpoints.directory.iterdir()]
 
 
 def test_the_digest_is_written_behind_the_loop(checkpoints, monkeypatch):

@@ -18,6 +18,7 @@ import math
 import pathlib
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxlm.checkpoint import storage
 from jaxlm.checkpoint.digest import Damaged
 from jaxlm.checkpoint.storage import SaveError
 from jaxlm.host import cluster
+from jaxlm.host.fellows import CRASHED
 
 
 class Checkpoints:
@@ -67,10 +69,11 @@ class Checkpoints:
                 self._join()
             else:
                 self.wait()
-        except SaveError as error:
+        except Exception as error:
             if kind is None:
                 raise
-            self.say(str(error))  # the exception on its way out comes first
+            what = "" if isinstance(error, SaveError) else "the last checkpoint was not saved: "
+            self.say(f"{what}{error}")  # the exception on its way out comes first
 
     def save(
         self,
@@ -105,8 +108,8 @@ class Checkpoints:
                 self._prune()
             except Exception as error:  # raised again by wait()
                 self._error = error
-                if cluster.several():  # which no other process would come to: its save waits for us
-                    cluster.fail(f"error: {error}")
+                if cluster.several():  # no other process would come to it: their saves wait for us
+                    _end_all(error)
 
         self._at, self._saving = step, {step: record.metrics}
         self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
@@ -172,8 +175,8 @@ class Checkpoints:
         names, shapes or dtypes are not those saved; with `part`, a tree may leave arrays out.
         """
         self.wait()
-        # Several processes have just checked it, each its part; each would check the whole now.
-        verify = "sizes" if cluster.several() and step in self._metrics else self.verify
+        # `latest` has just checked it whole, several processes each their part.
+        verify = "sizes" if step in self._metrics else self.verify
         trees = storage.load(self.directory / str(step), abstract, verify, part)
         self._at = step
         return trees
@@ -269,6 +272,13 @@ def load_params(
         there = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise ValueError(f"{folder} has no {wanted} to load {item} from{there}")
     return checkpoints.restore(steps[-1] if step is None else step, {item: abstract})[item]
+
+
+def _end_all(error):
+    if isinstance(error, storage.SaveError):
+        cluster.fail(f"error: {error}", 1)
+    traceback.print_exception(error)
+    cluster.fail(f"crashed while saving: {type(error).__name__}: {error}", CRASHED)
 
 
 def _numbered(directory, ending=""):

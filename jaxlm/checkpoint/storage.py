@@ -8,6 +8,7 @@ disk: it comes from the tree restored into, and nothing is pickled.
 import errno
 import json
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -29,10 +30,11 @@ Trees = Mapping[str, Any]
 """Item of a checkpoint -> its tree of arrays."""
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written. Those before it are untouched."""
+    """The disk does not take a checkpoint. Those before it are untouched."""
 
 
 def record(
@@ -56,30 +58,37 @@ def start(folder: pathlib.Path, items: Trees) -> ocp.AsyncResponse:
         with context:
             return ocp.save_checkpointables_async(str(folder), arrays)
     except (OSError, ValueError) as error:
-        raise _save_error(folder, error) from error
+        raise _explained(folder, error) from error
 
 
 def finish(response: ocp.AsyncResponse, folder: pathlib.Path, record: Digest) -> None:
-    """Waits for Orbax to commit, then writes the digest; leaves nothing behind if that fails."""
+    """Waits for Orbax to commit, then writes the digest; leaves nothing behind if that fails.
+
+    Raises `SaveError` if the disk is full or may not be written, else what went wrong.
+    """
     try:
         response.result()
         digests.write(folder, record, process=jax.process_index(), processes=jax.process_count())
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         remove_leftovers(folder.parent)
-        raise _save_error(folder, error) from error
+        raise _explained(folder, error) from error
 
 
-def _save_error(folder, error):
+def _explained(folder, error):
+    """A `SaveError` if it is the disk that a person has to see to, else the error as it is."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    why = "the disk is full" if number in _DISK_FULL else first_line
+    if number not in _DISK_FULL | _FORBIDDEN:
+        return error
+    why = "the disk is full" if number in _DISK_FULL else os.strerror(number)
+    others = [path for path in folder.parent.glob("*") if path.name.isdecimal() and path != folder]
     return SaveError(
-        f"checkpoint {folder.name} could not be written to {folder.parent}: {why}. The checkpoints "
-        "before it are untouched; "
+        f"checkpoint {folder.name} could not be written to {folder.parent}: {why}. "
+        + ("The checkpoints before it are untouched; " if others else "It was the first one; ")
         + ("free some space and run" if number in _DISK_FULL else "once that is solved, run")
-        + " the same command to continue from the last one"
+        + " the same command to "
+        + ("continue from the last one" if others else "start again")
     )
 
 

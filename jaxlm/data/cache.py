@@ -114,3 +114,5 @@ def _wait(lock, what: str, progress: Progress) -> None:
         except BlockingIOError:
             progress(0, 0, f"{what}: another process is preparing it, waiting")
             time.sleep(0.2)
+        except OSError:  # a file system without locks: the work may be done twice, never half
+            return

@@ -184,6 +184,9 @@ def _own_gpus(local, here):
         return None
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         seen = len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])
+        on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        if on_node.isdecimal() and seen < int(on_node):
+            return []  # SLURM has given each task its own
     else:
         seen = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     share = seen // here
@@ -321,10 +324,10 @@ def leave(words: str, code: int) -> bool:
     return _fellows.leave(words, code) if _fellows else True
 
 
-def fail(words: str) -> None:
+def fail(words: str, code: int) -> None:
     """Ends this process and all others, from any thread."""
     if _fellows:
-        _fellows.fail(words)
+        _fellows.fail(words, code)
 
 
 def prefix() -> str:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+CRASHED = 70  # exit code of a bug, by the custom of sysexits.h; launch/README.md has them all
 LOST = 75  # exit code of those whose fellow has died: "try again", by the custom of sysexits.h
 PROBED_SECONDS = 30  # until a host that no longer answers at all counts as gone
 LAST_WORDS_SECONDS = 5.0  # that a failing process waits for the others to hear of it
@@ -32,6 +33,12 @@ HELLO_BYTES = 2**24  # at most
 ALIKE_SECONDS = 0.5  # for several processes to find the same thing wrong
 QUIET_SECONDS = 30.0  # after which a process says that it still waits for process 0
 WALL_SECONDS = 1.0  # for XLA's own words about the loss of process 0, so that ours are the last
+
+
+class NotTogether(ValueError):
+    """Not all have come, or somebody of an earlier start is still there: another start may do."""
+
+    code = LOST
 
 
 class Fellows:
@@ -59,7 +66,7 @@ class Fellows:
     def meet(self, facts: Any, seconds: float, note: Callable[[str], None]) -> list[Any] | None:
         """Waits until all are there. On process 0 the facts of each, in order, elsewhere None.
 
-        Raises `ValueError` when the time is over, naming who has not come.
+        Raises `NotTogether` when the time is over, naming who has not come.
         """
         hello = {"process": self.index, "of": self.count, "host": socket.gethostname()}
         hello["facts"] = facts
@@ -81,7 +88,9 @@ class Fellows:
                 missing = _names(sorted(set(range(self.count)) - set(found)))
                 note(f"waiting for {missing} of {self.count}")
                 if time.monotonic() > end:
-                    self._refuse(self._links.values(), _absent(missing, seconds, hello, found))
+                    self._refuse(
+                        self._links.values(), _absent(missing, seconds, hello, found), NotTogether
+                    )
                 for key, _ in ready.select(timeout=0.5):
                     if key.fileobj is door:
                         link, _ = door.accept()
@@ -120,15 +129,16 @@ class Fellows:
                 "processes"
                 + (f", and {i} is already there on {found[i]['host']}" if i in found else "")
             )
-            self._refuse((link, *self._links.values()), text)
+            kind = NotTogether if i in found else ValueError
+            self._refuse((link, *self._links.values()), text, kind)
         found[i], self._links[i], self._inbox[i] = said, link, collections.deque()
         ready.register(link, selectors.EVENT_READ)
 
-    def _refuse(self, links, text):
+    def _refuse(self, links, text, kind=ValueError):
         for link in links:
-            _send(link, {"end": text, "code": 1})
+            _send(link, {"end": text, "code": getattr(kind, "code", 1)})
             link.close()
-        raise ValueError(text)
+        raise kind(text)
 
     def _answer(self, hello, seconds, note):
         began, said, told = time.monotonic(), None, False
@@ -144,14 +154,14 @@ class Fellows:
                     told = True  # on stderr: elsewhere than on process 0 the console is silent
                     print(f"{self.prefix()}waiting for process 0 at {place}", file=sys.stderr)
                 if time.monotonic() > end:
-                    raise ValueError(
+                    raise NotTogether(
                         f"process 0 did not answer at {place} within {seconds:g} seconds "
                         f"({error}); start it there and open that port and the one before it, or "
                         "give it longer with JAXLM_JOIN_SECONDS"
                     ) from None
                 time.sleep(0.2)
         if "end" in said:
-            raise ValueError(said["end"])
+            raise (NotTogether if said["code"] == LOST else ValueError)(said["end"])
         self.hosts = {int(i): name for i, name in said["hosts"].items()}
 
     def _introduce(self, link, hello, end):
@@ -246,6 +256,12 @@ class Fellows:
             self._news.wait_for(condition, timeout=LAST_WORDS_SECONDS)
 
     def _listen(self):
+        try:
+            self._hear_all()
+        except Exception as error:  # else nobody would watch over the others any more
+            self.fail(f"crashed: {type(error).__name__}: {error}", CRASHED)
+
+    def _hear_all(self):
         buffers = dict.fromkeys(self._links, b"")
         with selectors.DefaultSelector() as ready:
             for i, link in self._links.items():

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxlm.host import cluster, flags, hardware, hugepages
+from jaxlm.host.fellows import CRASHED
 from jaxlm.host.hardware import unused_accelerator
 
 __all__ = [
@@ -56,7 +57,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",  # its default, said aloud, spares a warning at each fork
 }
 
-CRASHED = 70  # the exit code, by the custom of sysexits.h; launch/README.md has them all
 AGAIN = "the same command starts again, from the last checkpoint where there is one"
 
 notes: list[str] = []  # what `start` could not do, for the console to warn of
@@ -111,7 +111,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             code = 128 + signal.SIGPIPE  # `... | head`: nobody is left to talk to
         elif _is_for_users(error):
-            code = _last_words(f"error: {_sentence(error)}", 1)
+            code = _last_words(f"error: {_sentence(error)}", getattr(error, "code", 1))
         else:
             cluster.suspect()
             said = str(error).strip().split("\n")[0][:300]

@@ -114,6 +114,12 @@ def test_gpus_of_a_node_are_split_among_its_tasks(place, tasks, visible, mine):
     assert found.devices == mine
 
 
+def test_gpus_that_slurm_has_split_already_are_not_split_again(place):
+    own = {"SLURM_STEP_TASKS_PER_NODE": "2(x8)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert place(SLURM, own, SLURM_GPUS_ON_NODE="8").devices == []
+    assert place(SLURM, own, SLURM_LOCALID="1", SLURM_GPUS_ON_NODE="4").devices == [2, 3]
+
+
 def test_a_shell_inside_an_allocation_is_no_step(place, monkeypatch):
     shell = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}
     assert place(shell) is None

@@ -35,6 +35,10 @@ class Process(Fellows):
         self.last.set()
         raise Ended
 
+    def _lost(self, i):
+        if self.ended is None:  # the dead notice nothing
+            super()._lost(i)
+
     def die(self):
         """As the kernel does it when a process is killed."""
         for link in self._links.values():
@@ -131,6 +135,15 @@ def test_when_one_dies_all_end_and_say_which(dead):
         assert code == LOST
         assert f"process {dead} on {socket.gethostname()} has ended without a word" in text
         assert text.startswith(f"[process {process.index}] " if process.index else "process")
+
+
+def test_a_bug_in_the_listening_thread_ends_all():
+    processes = met(3)
+    processes[0].handlers["step"] = lambda i, value: 1 / 0
+    processes[1].post(0, "step", 7)
+    for process in processes:
+        assert process.last.wait(10)
+        assert process.ended[1] == fellows.CRASHED
 
 
 @pytest.mark.parametrize("guilty", [0, 2])
