@@ -376,6 +376,12 @@ def _for_people(error, argv):
         of_source = re.fullmatch(r"data\.mix\.(\w+)\.(\w+)", key)
         entry = source()
         if flag not in known and flag.startswith("config.") and key not in known:
+            if key.split(".")[0] in _methods_named(argv):
+                name = key.split(".")[0]
+                return (
+                    f"there is no method {name!r}; register it in jaxlm/methods/__init__.py, or "
+                    f"name it in your recipe as own_method(c, 'package.module:{name}')"
+                )
             if not of_source:
                 return f"there is no key {key!r}{_did_you_mean(key, known)}"
             if of_source[2] not in entry:
@@ -387,6 +393,11 @@ def _for_people(error, argv):
         if kind in _NUMBERS and f"--{flag}={value}:" in text:
             return f"--{flag}={value}: {value!r} is no {_NUMBERS[kind]}"
     return text[1:-1] if text[:1] in "\"'" and text[:1] == text[-1:] else text
+
+
+def _methods_named(argv):
+    said = [a.partition("=")[2] for a in argv if a.startswith("--config.method=")]
+    return {name.strip() for text in said for name in text.split("+")} - methods.METHODS.keys()
 
 
 _NUMBERS = {int: "whole number", float: "number"}

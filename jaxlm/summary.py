@@ -254,7 +254,10 @@ def farewell(console: Console, run, found: dict, page) -> None:
         f"  checkpoint   {run.workdir / 'checkpoints'}\n"
         f"  metrics      {run.workdir / 'metrics.jsonl'}, {run.workdir / 'train.log'}\n"
         "Try next:\n"
-        f'  {python} -m jaxlm.generate --workdir="{run.workdir}" --prompt="def read"\n'
-        f"  {python} -m jaxlm.train --config=configs/quickstart.py "
-        "--config.workdir=runs/mostly-code --config.data.mix.code.weight=0.9"
+        f'  {python} -m jaxlm.generate --workdir="{run.workdir}" --prompt="def read"'
     )
+    if run.name == "quickstart":
+        console.say(
+            f"  {python} -m jaxlm.train --config=configs/quickstart.py "
+            "--config.workdir=runs/mostly-code --config.data.mix.code.weight=0.9"
+        )

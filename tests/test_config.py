@@ -111,13 +111,17 @@ def test_only_what_the_curve_depends_on_must_stay():
         ("--config.data.mix.code.wieght=2", "did you mean --config.data.mix.code.weight?"),
         ("--config.steps=abc", "--config.steps=abc: 'abc' is no whole number"),
         ("--config.mesh.fsdp=1.5", "--config.mesh.fsdp=1.5: '1.5' is no whole number"),
+        (
+            "--config.flood.level=1",
+            "there is no method 'flood'; register it in jaxlm/methods/__init__.py",
+        ),
         ("--steps=40", "no flag --steps; keys are set like --config.steps=40"),
         ("--config.data.add=x:y", "'x:y' is no source to add: write name:path:weight"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flag, message, monkeypatch):
     with pytest.raises((SystemExit, ValueError)) as error:
-        parse(monkeypatch, flag)
+        parse(monkeypatch, "--config.method=flood + migu" if "flood" in flag else flag, flag)
     said = str(error.value)
     assert message in said
     assert "\n" not in said

@@ -137,7 +137,7 @@ def build_records(
         "dtype": writer.dtype.str,
         "lossless": lossless,
         "records_hash": writer.hash,
-        "notes": _notes(source.name, spec, tokens.name, tally, held.documents, lossless),
+        "notes": _notes(source, spec, tokens.name, tally, held.documents, lossless),
     }
 
 
@@ -201,8 +201,10 @@ def capped(ids: list[list[int]], room: int | None) -> tuple[list[list[int]], flo
     return ids, 1.0
 
 
-def _notes(name, spec, tokenizer_name, tally, held_documents, lossless) -> list[str]:
-    notes = []
+def _notes(source, spec, tokenizer_name, tally, held_documents, lossless) -> list[str]:
+    name, notes = source.name, []
+    if rows := sources.read_as_one_text(source):
+        notes.append(rows)
     if tally.malformed:
         notes.append(
             f"Source {name!r}: {tally.malformed} malformed of {tally.rows} rows were skipped; "

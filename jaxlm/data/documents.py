@@ -45,7 +45,8 @@ class Tally:
             raise ValueError(
                 f"source {name!r}: {self.malformed} of {self.rows} rows are malformed, more than "
                 f"the allowed share skip_malformed={allowed:g}. The first: "
-                f"{'; '.join(self.where)}. {remedy}, or raise skip_malformed."
+                f"{'; '.join(self.where)}. {remedy}, or raise "
+                "config.data.skip_malformed."
             )
 
 

@@ -151,6 +151,16 @@ def read(
             yield document
 
 
+def read_as_one_text(spec: SourceSpec) -> str:
+    """A sentence if somebody may expect the rows of a table where a text is read; else ""."""
+    if spec.source in BUILT_IN or pathlib.Path(spec.source).suffix not in (".json", ".csv", ".tsv"):
+        return ""
+    return (
+        f"Source {spec.name!r}: {spec.source} was read as plain text; write it as JSON lines or "
+        "Parquet to have one document a row."
+    )
+
+
 def remedy(spec: SourceSpec) -> str:
     """What to do about rows that cannot be read."""
     folder = spec.source not in BUILT_IN and not is_tfds(spec)

@@ -235,6 +235,13 @@ def test_an_interrupt_does_not_wait_for_the_tokenizer():
     stop.set()
 
 
+def test_a_table_that_is_read_as_text_is_said(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "a line of a table\n" * 50)
+    spec = DataSpec((SourceSpec("a", str(path)),), tokenizer="byte", length=16)
+    assert "rows.csv was read as plain text" in prepare(spec, tmp_path / "cache").notes[0]
+
+
 def test_nothing_held_out_is_said(tmp_path):
     found = prepared(tmp_path, {"a": 2}, held_out=0.01)
     assert "none of its few documents fell to the held-out share" in found.notes[0]
