@@ -285,6 +285,24 @@ def test_xpk_reads_its_command_line(options, capsys):
     assert words(read["command"]) == COMMAND
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not XPK, reason="needs xpk on the PATH (pip install xpk)")
+def test_xpk_means_the_same_slices():
+    ours = {}
+    for name in ("v4:4x4x4", "v5e:16x16", "v5p:4x4x8", "v6e:16x16"):
+        found = tpus.parse(name)
+        ours[found.type] = [found.topology, found.hosts, found.kind.gke, tpus.HOST_CHIPS]
+    ask = (
+        "import json, sys; from xpk.core import system_characteristics as s;"
+        "known = s.UserFacingNameToSystemCharacteristics; names = sys.argv[1:];"
+        "about = lambda k: [k.topology, k.vms_per_slice, k.gke_accelerator, k.chips_per_vm];"
+        "print(json.dumps({n: about(known[n]) for n in names}))"
+    )
+    python = Path(XPK).read_text().split("\n")[0].removeprefix("#!")
+    done = subprocess.run([python, "-c", ask, *ours], capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == ours
+
+
 # ---------------------------------------------------------------- TPU VMs
 
 
