@@ -12,7 +12,8 @@
 "auto" takes the first of `PREFERRED` that is known to be right for a run. What a backend cannot do
 it refuses when the model is built, packed rows above all: a kernel that cannot keep documents apart
 would attend across them in silence. flash_interpreted and splash_interpreted are those kernels run
-slowly on a CPU, for tests.
+slowly on a CPU, for tests. What a backend's backward pass reads of its forward pass, it names
+"attended" (`options.REMAT`).
 
 Letters: B batch, L query length, M key length, H query heads, G key/value heads, R query heads per
 key/value head (H = G·R), K head width.
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
 from jaxlm.models.attention_cpu import cpu_blocks
@@ -135,7 +137,7 @@ def xla(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, positions_BL, window, 
     scores_BGRLM = jnp.where(seen_BLM[:, None, None], scores_BGRLM, MASKED)
     weights_BGRLM = jax.nn.softmax(scores_BGRLM, axis=-1).astype(value_BMGK.dtype)
     out_BLGRK = jnp.einsum("BGRLM,BMGK->BLGRK", weights_BGRLM, value_BMGK)
-    return out_BLGRK.reshape(B, L, H, K)
+    return checkpoint_name(out_BLGRK.reshape(B, L, H, K), "attended")
 
 
 def _not_whole(needs):

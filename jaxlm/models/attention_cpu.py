@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.masks import MASKED, visible
 
@@ -53,6 +54,7 @@ def _attend(options, query_NBGLRK, key_NBGLK, value_NBGLK, seen_NBLM):
 
 def _forward(options, *operands):
     out, lse = _each_step(functools.partial(_forward_rows, options), operands)
+    out, lse = (checkpoint_name(x, "attended") for x in (out, lse))
     return out, (*operands, out, lse)
 
 

@@ -129,7 +129,7 @@ def _forward(static, query_BLHK, key_BLGK, value_BLGK, segments_BL, positions_BL
         *places,
         *places,
     )
-    out_BLHK, lse_BHL = (checkpoint_name(x, "attention") for x in (out_BLHK, lse_BHL))
+    out_BLHK, lse_BHL = (checkpoint_name(x, "attended") for x in (out_BLHK, lse_BHL))
     return out_BLHK, (query_BLHK, key_BLGK, value_BLGK, *places, out_BLHK, lse_BHL)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.attention_shards import on_each_device, tokens_on_each_device
 from jaxlm.models.masks import MASKED, Places, bounds, may_see, padding_last, visible_between
@@ -127,6 +128,7 @@ def _forward(options, query_BLHK, key_BLGK, value_BLGK, segments_BL, positions_B
     out, top, total = step(found, keys_now)
     out_BLHK = _as_query(out / total, query_BLHK)
     lse = top + jnp.log(total)
+    out_BLHK, lse = (checkpoint_name(x, "attended") for x in (out_BLHK, lse))
     return out_BLHK, (query_BLHK, key_BLGK, value_BLGK, segments_BL, positions_BL, out_BLHK, lse)
 
 

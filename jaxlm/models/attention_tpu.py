@@ -73,6 +73,6 @@ def _kernel(length, heads, window, soft_cap, interpret):
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap or None,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name="attended",
         interpret=interpret,
     )

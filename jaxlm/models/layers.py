@@ -145,7 +145,7 @@ class SelfAttention(nnx.Module):
             soft_cap=c.attention_soft_cap,
             backend=c.attention,
         )
-        mixed_BLI = checkpoint_name(mixed_BLHK.reshape(B, L, -1), "attention")
+        mixed_BLI = mixed_BLHK.reshape(B, L, -1)
         y_BLD, output_tap = self.output(mixed_BLI, context.mask_BL)
         taps = {"query": query_tap, "key": key_tap, "value": value_tap, "output": output_tap}
         return y_BLD, taps
@@ -207,7 +207,9 @@ def project(x_BLI, kernel_IO, takes, gives):
 
 
 def _project_forward(x_BLI, kernel_IO, takes, gives):
-    return project(x_BLI, kernel_IO, takes, gives), (x_BLI, kernel_IO)
+    # Not `project` again: policies of what to store look for the product itself.
+    y_BLO = product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", _of_activations(gives))
+    return y_BLO, (x_BLI, kernel_IO)
 
 
 def _project_backward(takes, gives, saved, d_BLO):

@@ -19,14 +19,24 @@ ACTIVATIONS = {
 }
 
 _policies = jax.checkpoint_policies
+
+
+def _and_attended(policy):
+    """That policy, and what attention returned: the kernels need it, and are dear to run again."""
+    attended = _policies.save_only_these_names("attended")
+    return lambda *eqn, **params: attended(*eqn, **params) or policy(*eqn, **params)
+
+
 # What the backward pass finds stored of a block; the rest it computes again. None = store all.
 REMAT = {
     "none": None,
     "full": _policies.nothing_saveable,  # the inputs of each block only: least memory, +33 % FLOPs
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,  # not the attention scores
-    "dots_offloaded": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    "attention": _policies.save_only_these_names("attention"),  # what attention read and returned
+    "dots": _and_attended(_policies.dots_saveable),
+    "dots_no_batch": _and_attended(_policies.dots_with_no_batch_dims_saveable),  # not the scores
+    "dots_offloaded": _and_attended(
+        _policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    ),
+    "attention": _policies.save_only_these_names("attention", "attended"),  # it read and returned
 }
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_decoder import build, loss_of, shaken, toy, two_rows
 
+from jaxlm.flops import count_flops
 from jaxlm.models import layers
 from jaxlm.models.options import REMAT
 from jaxlm.models.transformer import decoder, stack_layers, unstack_layers
@@ -79,6 +80,28 @@ def test_remat_changes_memory_and_no_number(remat, scan):
     assert_close(other(params, two_rows()), plain(params, two_rows()), 1e-5)
     if remat == "full":
         assert other.cost_analysis()["flops"] > 1.1 * plain.cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+def test_remat_computes_again_only_what_was_not_stored():
+    def flops_and_text(remat):
+        lm = decoder(toy(scan_layers="on", attention="xla", remat=remat), "cpu")
+        params = jax.eval_shape(lm.init, jax.random.key(0))
+        grad = jax.grad(lambda p, b: loss_of(lm)(p, b)[0])
+        program = jax.make_jaxpr(grad)(params, two_rows())
+        return count_flops(program), str(program)
+
+    found = {remat: flops_and_text(remat) for remat in REMAT}
+    flops = {remat: count for remat, (count, _) in found.items()}
+    # Of two layers: each product 2·24 tokens·its kernel's size, the scores 2·2 rows·12²·width.
+    products = 2 * 2 * 24 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 128)
+    down = 2 * 2 * 24 * 32 * 128  # the block's last product: nothing reads it again
+    scores = 2 * 2 * 2 * 144 * 32
+    assert flops["dots"] == flops["none"]
+    assert flops["dots_no_batch"] == flops["dots_offloaded"] == flops["none"] + scores
+    assert flops["full"] == flops["none"] + products - down + 2 * scores
+    hosted = {remat: text.count("Host") for remat, (_, text) in found.items()}
+    assert {remat for remat, count in hosted.items() if count} == {"dots_offloaded"}
 
 
 @pytest.mark.parametrize("scan", MODES)
