@@ -22,6 +22,7 @@ from launch.slurm import __main__ as slurm
 from launch.tpu_vm import __main__ as tpu_vm
 
 ROOT = Path(__file__).parents[1]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 README = (ROOT / "launch" / "README.md").read_text()
 COMMAND = ["python", "-m", "jaxlm.train", "--config=configs/a b.py", "--config.name=it's $HOME"]
 TPU = ["--topology=v5e:16x16", "--image=repo/jaxlm:1"]
@@ -164,13 +165,13 @@ def test_processes_per_node(capsys):
     assert "--gpus" not in cpu
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (extra dev)")
+@pytest.mark.skipif(not SHELLCHECK, reason="needs shellcheck (extra dev)")
 def test_shellcheck_finds_nothing():
     plain = ["python", "-m", "jaxlm.train", "--config=configs/a b.py"]
     job = slurm.script(*_parsed(slurm, ["--env=A=b c", "--srun=--label"], plain))
     worker = tpu_vm.remote(*_parsed(tpu_vm, [*VM, "--env=A=b c"], plain))
     for script in (job, f"#!/bin/bash\n{worker}\n"):
-        call = ["shellcheck", "--severity=style", "-"]
+        call = [SHELLCHECK, "--severity=style", "-"]
         done = subprocess.run(call, input=script, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout
 
