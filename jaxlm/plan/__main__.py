@@ -44,6 +44,8 @@ def main() -> int:
     target = topology.resolve(given.topology, given.slices)
     budget = given.budget_tokens or float(run.steps * run.batch * run.data.length)
     with Console() as console:
+        for note in process.notes:
+            console.warn(note)
         if given.sweep:
             return sweep.run(console, run, target, budget)
         made = make.plan(run, target)

@@ -1,9 +1,10 @@
 """Weak scaling on paper: the same work for each device, on 8 to 4,096 of them.
 
 Each device keeps the rows and micro-batches that the recipe gives it on `OF` devices. Of the meshes
-of `data` replicas and `fsdp` parts that hold the state, the fastest is taken. Groups within a slice
-or node have its links, all others the network; a slice is taken to be a torus closed in every
-dimension. Memory, collectives and traffic are reckoned (`reckon`), FLOPs counted.
+of `data` replicas, `fsdp` parts and, within a node of GPUs, `tensor` parts that hold the state, the
+fastest is taken. Groups within a slice or node have its links, all others the network; a slice is
+taken to be a torus closed in every dimension. Memory, collectives and traffic are reckoned
+(`reckon`), FLOPs counted.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ OF = 256  # devices among which a recipe's batch is shared out
 
 class Point(NamedTuple):
     devices: int
-    fsdp: int
+    sizes: dict[str, int]  # of the mesh
     fits: bool
     times: Times
     mfu: float  # collectives within a slice hidden as far as they fit
@@ -41,31 +42,44 @@ def weak_scaling(recipe: Run, chip: Chip) -> list[Point]:
 
 def _point(one: Run, chip: Chip, devices: int, needed: float, computed: float) -> Point:
     run = dataclasses.replace(one, batch=one.batch * devices)
-    ways = [2**i for i in range(3, 13) if 2**i <= devices]
-    fitting = [n for n in ways if held(run, devices, n) <= ROOM * chip.memory_bytes]
-    meshes = [{"data": devices // n, "fsdp": n} for n in fitting or [devices]]
-    of = lambda sizes: _times(run, chip, sizes | {"sequence": 1, "tensor": 1}, computed)
-    best = min(meshes, key=lambda sizes: of(sizes).step)
+    fitting = [s for s in _meshes(devices, chip) if held(run, s) <= ROOM * chip.memory_bytes]
+    meshes = fitting or [_mesh(devices, devices, 1)]
+    times = [_times(run, chip, sizes, computed) for sizes in meshes]
+    sizes, best = min(zip(meshes, times, strict=True), key=lambda pair: pair[1].step)
     mfu = lambda seconds: needed / (seconds * chip.flops)
-    t = of(best)
-    return Point(devices, best["fsdp"], bool(fitting), t, mfu(t.step), mfu(t.nothing_hidden))
+    return Point(devices, sizes, bool(fitting), best, mfu(best.step), mfu(best.nothing_hidden))
 
 
-def held(run: Run, devices: int, fsdp: int) -> float:
+def _meshes(devices, chip):
+    node = chip.joined if chip.platform == "gpu" else 1
+    return [
+        _mesh(devices, fsdp, tensor)
+        for tensor in (1, 2, 4, 8)
+        for fsdp in (2**i for i in range(13))
+        if tensor <= node and 8 <= fsdp * tensor <= devices
+    ]
+
+
+def _mesh(devices, fsdp, tensor):
+    return {"data": devices // (fsdp * tensor), "fsdp": fsdp, "sequence": 1, "tensor": tensor}
+
+
+def held(run: Run, sizes: dict[str, int]) -> float:
     """Bytes on one device: float32 params, gradients and two moments; then what passes leave."""
-    sizes = {"data": devices // fsdp, "fsdp": fsdp, "sequence": 1, "tensor": 1}
     numbers = 4 * (3 + 1 + (run.accumulate > 1))
-    state = numbers * sum(reckon.parameters(run)) / fsdp
-    return state + memory.passes(*memory.share_of_one(run, sizes), fsdp, True)
+    state = numbers * sum(reckon.parameters(run)) / (sizes["fsdp"] * sizes["tensor"])
+    return state + memory.passes(*memory.share_of_one(run, sizes), sizes["fsdp"], True)
 
 
 def _times(run, chip, sizes, computed):
-    sent = reckon.sent(run, sizes)
-    inner = min(chip.joined or sizes["fsdp"], sizes["fsdp"])
-    links, network = sent.fsdp / (chip.link * REACHED), sent.data / (chip.network * REACHED)
-    if inner < sizes["fsdp"]:  # gathered over the network; within a node while that goes on
-        links, network = 0.0, network + sent.fsdp / (chip.network * REACHED)
-    elif chip.joined >= sizes["fsdp"] * sizes["data"]:
-        links, network = links + sent.data / (chip.link * REACHED), 0.0
+    """Each axis has the links where its groups stay within what they join, `tensor` innermost."""
+    links = network = 0.0
+    reach = 1
+    for axis, bytes in reversed(reckon.sent(run, sizes)._asdict().items()):
+        reach *= sizes[axis]
+        if reach <= (chip.joined or reach):
+            links += bytes / (chip.link * REACHED)
+        else:
+            network += bytes / (chip.network * REACHED)
     moved = reckon.traffic(run, sizes) / (chip.memory * REACHED)
     return Times(computed / chip.flops, moved, links, network)

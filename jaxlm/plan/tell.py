@@ -124,7 +124,7 @@ def weak_scaling(console, run, chip, points) -> None:
     rows = [
         (
             f"{p.devices:,}",
-            f"data {p.devices // p.fsdp} × fsdp {p.fsdp}",
+            reckon.spread(p.sizes),
             *(f"{s:.2f}" for s in (p.times.computing, p.times.links, p.times.network)),
             *((f"{p.mfu:.1%}", f"{p.exposed:.1%}") if p.fits else ("does not fit", "")),
         )

@@ -22,6 +22,8 @@ import jax
 
 from jaxlm.chips import CHIPS, Chip, of_kind
 from jaxlm.flops import matmul_peak
+from jaxlm.host import flags as compiler_flags
+from jaxlm.host import process
 
 # The shapes that each TPU is rented in and that its compiler knows, for messages.
 SHAPES = {"v4": "4x4x4", "v5e": "16x16", "v5p": "8x8x16", "v6e": "16x16"}
@@ -52,12 +54,13 @@ def names() -> list[str]:
 
 
 def prepare(name: str) -> None:
-    """Before JAX's first use: as many CPU devices as a stand-in takes; libtpu told to keep calm."""
+    """Before JAX's first use: as many CPU devices as a stand-in takes; a TPU's compiler flags."""
     chip, _, shape = name.partition(":")
     if chip in SHAPES:
         # No metadata server and no lock: nothing is run, so no chip is needed for itself alone.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        process.notes.extend(compiler_flags.use(process.cache_dir() / "flags", ["tpu"]))
     elif chip != "gpu" and shape.isdigit() and int(shape) > 0:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax.config.update("jax_num_cpu_devices", int(shape))
