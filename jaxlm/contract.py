@@ -39,7 +39,7 @@ class LM(NamedTuple):
     axes: Any
     """Pytree like params, of tuples of logical axis names (`jaxlm.sharding`)."""
     chunk: int = 0
-    """Tokens whose logits exist at one time in a loss; 0 = all of them."""
+    """Tokens of a device whose logits exist at one time in a loss; 0 = all of them."""
     head: Callable[[Params], Callable[[jax.Array], jax.Array]] | None = None
     """params -> (hidden -> logits): `unembed` for many calls, what it reads gathered only once."""
 

@@ -199,8 +199,14 @@ def _logprobs(logits_BCV, targets_BC):
 
 
 def _number_of_chunks(tokens: int, shape: tuple[int, ...]) -> int:
-    """Chunks of at most `tokens` tokens (at least one position of every row); 0 = one chunk."""
-    rows, length = shape[:2]
+    """Chunks of at most `tokens` tokens of a device (at least one position of every row); 0 = one.
+
+    Of a device, so that a recipe does as well on one as on many.
+    """
+    rows, length = (
+        max(size // sharding.ways(axis), 1)
+        for size, axis in zip(shape[:2], ("batch", "length"), strict=True)
+    )
     return -(-length // max(tokens // rows, 1)) if tokens else 1
 
 

@@ -70,7 +70,7 @@ class DecoderConfig:
     scan_layers: str = "auto"  # on | off | auto: on for a TPU
     remat: str = "none"  # a name of REMAT
     attention: str = "auto"  # a name of attention.BACKENDS, or auto
-    loss_chunk: int = 0  # tokens whose logits exist at one time; 0 = all
+    loss_chunk: int = 0  # tokens of a device whose logits exist at one time; 0 = all
 
 
 def resolve(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import sharding
 from jaxlm.contract import LM
-from jaxlm.methods.likelihood import summed_nll, token_logprobs
+from jaxlm.methods.likelihood import _number_of_chunks, summed_nll, token_logprobs
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 13, 8, 37
 CHUNKS = 0, 1, 15  # all at once, one position, a length that does not divide
@@ -160,3 +161,12 @@ def test_chunks_bound_the_memory(loss):
 
     assert temporary_bytes(0) > logits
     assert temporary_bytes(64) < logits / 4
+
+
+def test_a_chunk_holds_tokens_of_one_device():
+    """Rows split over four devices, and positions over two: an eighth of them is on each."""
+    mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, sequence=2))
+    assert _number_of_chunks(16, (8, 32)) == 16
+    with jax.set_mesh(mesh):
+        assert _number_of_chunks(16, (8, 32)) == 2
+        assert _number_of_chunks(0, (8, 32)) == 1
