@@ -6,10 +6,10 @@ from typing import NamedTuple
 from jaxlm.build import Built
 from jaxlm.config import Run
 from jaxlm.flops import visible_share
-from jaxlm.plan import memory, roofline
+from jaxlm.plan import memory, reckon, roofline
 from jaxlm.plan.program import Compiled, compile_step, plan_run
 from jaxlm.plan.topology import Topology
-from jaxlm.plan.traffic import traffic
+from jaxlm.plan.traffic import Traffic, traffic
 
 
 class Plan(NamedTuple):
@@ -54,6 +54,8 @@ def plan(run: Run, topology: Topology) -> Plan:
     if compiled.program is not None:
         share = computed / len(topology.devices)
         devices, moved = list(built.mesh.devices.flat), traffic(compiled.program)
+        if not topology.compiled_for_it:  # its attention holds scores that a GPU's never do
+            moved = Traffic(0.0, reckon.traffic(built.run, dict(built.mesh.shape)))
         times = roofline.times(topology, devices, share, moved, compiled.collectives)
     return Plan(built, topology, compiled, memory.reckon(built), model, computed, times)
 

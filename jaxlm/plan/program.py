@@ -18,6 +18,7 @@ from jaxlm.plan.topology import Topology, quiet
 
 # "... Used 20.15G of 15.75G hbm" of the TPU's compiler; a GPU's runs out only when it runs.
 TOO_LARGE = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+STAND_IN = {"xla_backend_optimization_level": 0}  # nobody will run its machine code
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -55,7 +56,7 @@ def compile_step(built: Built, topology: Topology) -> Compiled:
     with quiet():
         lowered = built.trace().lower()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(None if topology.compiled_for_it else STAND_IN)
         except jax.errors.JaxRuntimeError as error:
             sizes = TOO_LARGE.search(str(error))
             if "RESOURCE_EXHAUSTED" not in str(error) or sizes is None:

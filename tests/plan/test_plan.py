@@ -209,7 +209,7 @@ def test_without_the_compiler_of_a_tpu_the_remedy_is_told(monkeypatch):
 
 def test_running_out_of_memory_is_an_answer(here, monkeypatch):
     class Lowered:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
                 "hbm. Exceeded hbm capacity by 4.75G."
