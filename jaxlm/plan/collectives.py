@@ -58,10 +58,15 @@ def collectives(
             group = _members(instruction.attributes, kind, mesh_shape)
             if len(group) < 2:
                 continue
+            scatter = name.startswith("all-reduce-scatter")  # what a TPU's fusion of both is called
             for part, sent in _parts(kind, instruction, len(group), name, program, stand_in):
+                part, sent = ("reduce-scatter", sent / 2) if scatter else (part, sent)
                 one = Collective(part, _axes(group, mesh_shape), group, sent, program.runs[name])
-                # A TPU spreads one collective over several fusions, under one channel.
-                key = (instruction.channel or (name, instruction.name), part)
+                # A TPU spreads a collective over several fusions, under one channel.
+                spread = instruction.channel and name in program.fused and not scatter
+                key = (
+                    (instruction.channel, part, sent) if spread else (name, instruction.name, part)
+                )
                 if key not in found or one.times > found[key].times:
                     found[key] = one
     return list(found.values())

@@ -22,6 +22,7 @@ CALLS = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
     r"called_computations|async_computation)=(\{[^}]*\}|%?[\w.-]+)"
 )
+HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 
@@ -65,12 +66,10 @@ def parse(text: str) -> Program:
     """A program from `compiled.as_text()`."""
     computations, entry, name, lines = {}, "", "", []
     for line in text.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            header = line.removeprefix("ENTRY ")
-            name = header.split("(")[0].split()[0].lstrip("%")
-            entry = name if header != line else entry
-            lines = []
-        elif line.startswith("}") and name:
+        if header := HEADER.match(line):
+            name, lines = header.group(2), []
+            entry = name if header.group(1) else entry
+        elif line == "}" and name:
             computations[name] = tuple(lines)
             name = ""
         elif name and (found := INSTRUCTION.match(line)):

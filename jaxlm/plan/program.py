@@ -18,7 +18,9 @@ from jaxlm.plan.topology import Topology, quiet
 
 # "... Used 20.15G of 15.75G hbm" of the TPU's compiler; a GPU's runs out only when it runs.
 TOO_LARGE = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
-STAND_IN = {"xla_backend_optimization_level": 0}  # nobody will run its machine code
+STAND_IN: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0"
+}  # nobody will run its code
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -60,6 +60,7 @@ def prepare(name: str) -> None:
         # No metadata server and no lock: nothing is run, so no chip is needed for itself alone.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        jax.config.update("jax_enable_compilation_cache", False)  # which cannot read it back
         process.notes.extend(compiler_flags.use(process.cache_dir() / "flags", ["tpu"]))
     elif chip != "gpu" and shape.isdigit() and int(shape) > 0:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -75,6 +75,12 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %done = bf16[16,8]{1,0} custom-call(%g.2)
 }
 
+%all-reduce-scatter.1 (p: bf16[4,8]) -> bf16[1,8] {
+  %p.2 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %r = bf16[4,8]{1,0:T(8,128)(2,1)} all-reduce(%p.2), channel_id=3, GROUPS, to_apply=%add
+  ROOT %mine = bf16[1,8]{1,0} slice(%r), slice={[0:1], [0:8]}
+}
+
 %condition (w: (u32[], bf16[4,8])) -> pred[] {
   %bound = u32[]{:T(128)} constant(8), metadata={op_name="jit(step)/while"}
   %w = (u32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
@@ -88,6 +94,9 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
   %j = u32[]{:T(128)} get-tuple-element(%v), index=0
   %next = u32[]{:T(128)} add(%j, %two)
   %y = bf16[4,8]{1,0} get-tuple-element(%v), index=1
+  %k = bf16[4,8]{1,0} custom-call(%y), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 128}"
+}}, metadata={op_name="jit(step)/kernel"}
   %f.1 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) fusion(%y), kind=kCustom, calls=%started
   %f.2 = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%ended
   ROOT %out = (u32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %y)
@@ -97,6 +106,7 @@ ENTRY %main_spmd (x: bf16[4,8]) -> bf16[4,8] {
   %x = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
   %zero = u32[]{:T(128)} constant(0)
   %state = (u32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%zero, %x)
+  %part = bf16[1,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %loop = (u32[]{:T(128)}, bf16[4,8]{1,0}) while(%state), condition=%condition, body=%body
   ROOT %last = bf16[4,8]{1,0} get-tuple-element(%loop), index=1
 }
@@ -116,12 +126,18 @@ ENTRY %main_spmd (x: bf16[4,8]) -> bf16[4,8] {
     ],
 )
 def test_a_tpu_program(groups, axes):
-    """Its loops say no trip count, here 0, 2, 4, 6; one gather is spread over two fusions."""
+    """Its loops say no trip count, here 0, 2, 4, 6; one gather is spread over two fusions.
+
+    A kernel's metadata are on lines of their own, and a sum that is scattered is a fusion.
+    """
     program = hlo.parse(TPU_TEXT.replace("GROUPS", groups))
     assert not program.unknown_loops
     assert program.runs["body"] == 4
     found = by_kind_and_axes(collectives(program, SHAPE))
-    assert found == {("all-gather", axes): 4 * 3 * 4 * 8 * 2}
+    assert found == {
+        ("all-gather", axes): 4 * 3 * 4 * 8 * 2,
+        ("reduce-scatter", axes): 3 / 4 * 4 * 8 * 2,
+    }
 
 
 def test_a_loop_of_unknown_length_is_named():

@@ -222,7 +222,7 @@ def test_running_out_of_memory_is_an_answer(here, monkeypatch):
 
 
 def test_parameters_left_whole_are_refused():
-    with pytest.raises(ValueError, match=r"whole on every device.*mlp.*change --config.mesh"):
+    with pytest.raises(ValueError, match=r"replicated.*mlp.*change --config.mesh"):
         build(run(width=36, head_width=18, ffn_width=60), 256, jax.devices())
     # Where the mesh divides the sizes, or does not split at all, nothing is said.
     build(run(width=36, head_width=18, ffn_width=60), 256, jax.devices()[:4])
