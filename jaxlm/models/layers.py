@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import sharding
 from jaxlm.models.attention import attention
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
+from jaxlm.models.products import project
 
 # Logical axes of each kernel, by name. A bias has the last one.
 KERNEL_AXES = {
@@ -97,11 +98,12 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), config.param_dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype)) if bias else None
         self.axes = KERNEL_AXES[name]
+        self.int8 = config.quantize == "int8"
 
     def __call__(self, x_BLI, mask_BL):
         takes, gives = self.axes
         kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
-        y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives)
+        y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives, self.int8)
         if self.bias is not None:
             y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
         size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
@@ -194,70 +196,3 @@ _whole.defvjp(
     lambda x, logical: (_whole(x, logical), None),
     lambda logical, _, d: (sharding.constrain(d, *logical),),
 )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def project(x_BLI, kernel_IO, takes, gives):
-    """x·W, with its gradient written out, for the order of the operands in that of W.
-
-    JAX puts the cotangent first there, and XLA on a CPU then copies it transposed: a third slower
-    in float32, and on jax 0.12 four times in bfloat16, with sums that are off by 2 %.
-    """
-    return product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", _of_activations(gives))
-
-
-def _project_forward(x_BLI, kernel_IO, takes, gives):
-    # Not `project` again: policies of what to store look for the product itself.
-    y_BLO = product("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", _of_activations(gives))
-    return y_BLO, (x_BLI, kernel_IO)
-
-
-def _project_backward(takes, gives, saved, d_BLO):
-    x_BLI, kernel_IO = saved
-    d_x = product("BLO,IO->BLI", d_BLO, kernel_IO, "batch", "length", _of_activations(takes))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.are_all_axes_explicit:  # a gradient then lies as what it is of
-        takes, gives = (None if axis == "embed" else axis for axis in (takes, gives))
-    return d_x, product("BLI,BLO->IO", x_BLI, d_BLO, takes, gives)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
-def _of_activations(axis):
-    return "width" if axis == "embed" else axis
-
-
-def product(equation, x, y, *logical, **options):
-    """`jnp.einsum`, laid out by the logical axes of the result, in either axis mode."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:
-        spec = sharding.spec_of(*logical)
-        return jnp.einsum(equation, x, y, out_sharding=spec, **options)
-    return sharding.constrain(jnp.einsum(equation, x, y, **options), *logical)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_product(equation, x, kernel):
-    """`jnp.einsum` with a float32 result, whose gradient runs in the dtype of x.
-
-    JAX would make both products of the gradient float32, as the cotangent is: in bfloat16 the loss
-    then takes 1.8 times as long on a CPU.
-    """
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
-
-
-def _float32_forward(equation, x, kernel):
-    return float32_product(equation, x, kernel), (x, kernel)
-
-
-def _float32_backward(equation, saved, d_y):
-    x, kernel = saved
-    d_y = d_y.astype(x.dtype)
-    # Transposed and not differentiated: that would trace, and count, the product once more.
-    (d_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)(d_y)
-    (d_kernel,) = jax.linear_transpose(lambda kernel: jnp.einsum(equation, x, kernel), kernel)(d_y)
-    return d_x, d_kernel
-
-
-float32_product.defvjp(_float32_forward, _float32_backward)

@@ -26,6 +26,7 @@ from jaxlm import sharding
 from jaxlm.contract import LM, Params
 from jaxlm.models import attention_ring, layers, lookup
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
+from jaxlm.models.products import float32_product
 
 __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers", "unstack_layers"]
 
@@ -65,7 +66,7 @@ class Embedding(nnx.Module):
     def logits(self):
         """hidden -> logits; gathers the table first."""
         table_VD = layers.gathered(self.table, self.dtype, "vocabulary", "embed")
-        return lambda hidden: layers.float32_product("...D,VD->...V", hidden, table_VD)
+        return lambda hidden: float32_product("...D,VD->...V", hidden, table_VD)
 
 
 class Head(nnx.Module):
@@ -80,7 +81,7 @@ class Head(nnx.Module):
     def logits(self):
         """hidden -> logits; gathers the kernel first."""
         kernel_DV = layers.gathered(self.kernel, self.dtype, *layers.KERNEL_AXES["head"])
-        return lambda hidden: layers.float32_product("...D,DV->...V", hidden, kernel_DV)
+        return lambda hidden: float32_product("...D,DV->...V", hidden, kernel_DV)
 
 
 class Ends(nnx.Module):
