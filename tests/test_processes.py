@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,10 @@ def command(home, *words, launcher=(), **env):
             "JAX_PLATFORMS": "cpu",
             "JAXLM_TEST_TEXT": str(home / "text"),
             "XDG_CACHE_HOME": str(home / "cache"),
+            # The programs of the suite's last run: most of the time here goes into compiling.
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
         | env,
         stdout=subprocess.PIPE,
