@@ -74,7 +74,7 @@ def local(processes, devices, restarts=0):
     ]
 
 
-def end(process, code, seconds=240):
+def end(process, code, seconds=480):
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, out
     return out
@@ -85,7 +85,7 @@ def lines(home, name, file="metrics.jsonl"):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(home, name, step, process, seconds=240):
+def wait_for_step(home, name, step, process, seconds=480):
     limit = time.monotonic() + seconds
     while not any(line["step"] >= step for line in lines(home, name)):
         assert process.poll() is None, process.communicate()[0]
