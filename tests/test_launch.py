@@ -366,6 +366,17 @@ def test_only_what_another_start_may_mend_is_started_again(cloud, capfd, code, s
     assert "to give the slices back: gcloud compute tpus queued-resources delete" in said
 
 
+def test_an_error_of_gcloud_is_told_and_not_asked_for_ever(cloud, capfd):
+    put(
+        cloud / "bin" / "gcloud",
+        "#!/bin/bash\necho asked >> $FAKE/calls\necho no project >&2\nexit 1\n",
+    )
+    with pytest.raises(SystemExit, match=r"failed 5 times: gcloud .*\nno project"):
+        tpu_vm.main([*VM, "--name=test", "--", "true"])
+    assert worked(cloud) == ["asked"] * 5
+    assert "gcloud failed, 4 more tries: no project" in capfd.readouterr().out
+
+
 def test_a_command_that_a_broken_connection_left_is_ended_first(cloud, capfd):
     (cloud / "was-preempted").touch()
     name = f"test-{os.getpid()}"

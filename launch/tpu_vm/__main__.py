@@ -19,6 +19,7 @@ from launch import options, tpus
 
 GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # states that lead nowhere
 ENDED = "launch: ended with code "
+TRIES = 5  # of a question to gcloud, before its error is told
 UNKNOWN = 255  # no worker said how it ended: the connection broke
 
 
@@ -116,7 +117,7 @@ def run(p: options.Parser, o, command: list[str]) -> int:
     slices = Slices(o)
     script, fresh, starts = remote(p, o, command), True, 0
     while True:
-        state = _ask(slices.state())
+        state = _ask(slices.state(), o.poll)
         if state in GONE:
             _say(f"the slices are {state}: given back and asked for anew")
             _call(slices.delete(), check=True)
@@ -127,7 +128,7 @@ def run(p: options.Parser, o, command: list[str]) -> int:
         _wait(slices, o.poll)
         if fresh and o.setup and (code := _everywhere(slices, o.setup, marked=False)):
             _say(f"the setup failed with code {code}")
-            if _ask(slices.state()) == "ACTIVE":
+            if _ask(slices.state(), o.poll) == "ACTIVE":
                 return code
             continue
         fresh = False
@@ -144,7 +145,7 @@ def run(p: options.Parser, o, command: list[str]) -> int:
 def _wait(slices, seconds):
     """Until the slices are there, or cannot come."""
     before = ""
-    while (state := _ask(slices.state())) != "ACTIVE" and state not in GONE:
+    while (state := _ask(slices.state(), seconds)) != "ACTIVE" and state not in GONE:
         if state != before:
             _say(f"waiting for the slices, which are {state}")
         before = state
@@ -174,13 +175,23 @@ def _watch(call, marked):
     return [job.returncode]
 
 
-def _ask(call):
-    """The state that gcloud prints; "" where there is no such resource."""
-    done = subprocess.run(call, capture_output=True, text=True)
-    if done.returncode == 0:
-        return done.stdout.strip()
-    said = done.stderr.strip()
-    return "" if "NOT_FOUND" in said else f"unknown ({said.splitlines()[-1] if said else '?'})"
+def _ask(call, seconds):
+    """The state that gcloud prints; "" where there is no such resource.
+
+    A network may be down for a moment; whoever is not logged in is told so, and not for ever.
+    """
+    said = ""
+    for left in reversed(range(TRIES)):
+        done = subprocess.run(call, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        said = done.stderr.strip() or f"code {done.returncode}"
+        if "NOT_FOUND" in said:
+            return ""
+        if left:
+            _say(f"gcloud failed, {left} more tries: {said.splitlines()[-1]}")
+            time.sleep(seconds)
+    raise SystemExit(f"launch: this failed {TRIES} times: {options.line(call)}\n{said}")
 
 
 def _call(call, check):
