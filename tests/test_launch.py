@@ -369,7 +369,7 @@ def test_only_what_another_start_may_mend_is_started_again(cloud, capfd, code, s
 def test_an_error_of_gcloud_is_told_and_not_asked_for_ever(cloud, capfd):
     put(
         cloud / "bin" / "gcloud",
-        "#!/bin/bash\necho asked >> $FAKE/calls\necho no project >&2\nexit 1\n",
+        "echo asked >> $FAKE/calls\necho no project >&2\nexit 1\n",
     )
     with pytest.raises(SystemExit, match=r"failed 5 times: gcloud .*\nno project"):
         tpu_vm.main([*VM, "--name=test", "--", "true"])
