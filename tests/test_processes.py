@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.host.fellows import LOST
+
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "jaxlm.train", "--config=tests/tiny.py"]
 FLAGS = (
@@ -194,7 +196,7 @@ def test_a_second_process_changes_nothing_in_the_battery(home):
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=2e-5, err_msg=key)
 
 
-def apart(home, name, count, flags=lambda i: (), **env):
+def apart(home, name, count, code, flags=lambda i: (), **env):
     """Processes started by hand: what each said."""
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
@@ -202,11 +204,11 @@ def apart(home, name, count, flags=lambda i: (), **env):
     processes = [
         start(home, name, *flags(i), JAX_PROCESS_ID=str(i), **address, **env) for i in range(count)
     ]
-    return [end(process, 1) for process in processes]
+    return [end(process, code) for process in processes]
 
 
 def test_processes_that_differ_are_named_with_both_values(home):
-    first, second = apart(home, "differ", 2, lambda i: [f"--config.seed={i + 5}"])
+    first, second = apart(home, "differ", 2, 1, lambda i: [f"--config.seed={i + 5}"])
     host = socket.gethostname()
     seeds = f"--config.seed is 5 on process 0 ({host}), 6 on 1 ({host})"
     sentence = f"error: the processes do not agree: {seeds}"
@@ -216,6 +218,6 @@ def test_processes_that_differ_are_named_with_both_values(home):
 
 
 def test_a_process_that_does_not_come_is_named(home):
-    (out,) = apart(home, "missing", 1, JAXLM_JOIN_SECONDS="1")
+    (out,) = apart(home, "missing", 1, LOST, JAXLM_JOIN_SECONDS="1")  # another start may do
     assert "error: process 1 of 2 did not come within 1 seconds" in out.splitlines()[-1]
     assert "Traceback" not in out

@@ -107,7 +107,8 @@ def test_a_run_leaves_what_it_promises(home, whole):
     assert re.search(r"Goodput: [\d.]+% of [\d.]+ minutes, 1 start, in steps that count", out)
     assert "\x1b" not in out
     log = (folder / "train.log").read_text()
-    assert all(line in log for line in out.splitlines())
+    before_the_log = "loading JAX"  # on a slow machine
+    assert all(line in log or before_the_log in line for line in out.splitlines())
     results = json.loads((folder / "results.json").read_text())
     for source in ("code", "prose"):
         assert 0 < results["bits_per_char"][source] < 8
