@@ -6,7 +6,7 @@ from jaxlm.build import build
 from jaxlm.config import Run
 from jaxlm.models.options import REMAT
 from jaxlm.plan import memory
-from jaxlm.plan.make import Plan, changed
+from jaxlm.plan.make import Plan, changed, has_kernel
 
 
 class Knob(NamedTuple):
@@ -24,7 +24,7 @@ def helpful(plan: Plan) -> list[Knob]:
             built = build(other, run.model.vocabulary, list(plan.built.mesh.devices.flat))
         except ValueError:  # rows or heads that would not divide
             continue
-        saves = before - memory.reckon(built).total
+        saves = before - memory.reckon(built, has_kernel(built, plan.topology)).total
         if saves > 0.01 * before:
             found.append(Knob(flag, saves, costs))
     return sorted(found, key=lambda knob: -knob.saves)

@@ -48,7 +48,8 @@ class Plan(NamedTuple):
 def plan(run: Run, topology: Topology) -> Plan:
     """Builds, compiles and times a run on paper. Raises `ValueError` for what cannot be."""
     built = plan_run(run, topology)
-    model, computed = step_flops(built)
+    kernel = has_kernel(built, topology)
+    model, computed = step_flops(built, kernel)
     compiled = compile_step(built, topology)
     times = None
     if compiled.program is not None:
@@ -57,10 +58,16 @@ def plan(run: Run, topology: Topology) -> Plan:
         if not topology.compiled_for_it:  # its attention holds scores that a GPU's never do
             moved = Traffic(0.0, reckon.traffic(built.run, dict(built.mesh.shape)))
         times = roofline.times(topology, devices, share, moved, compiled.collectives)
-    return Plan(built, topology, compiled, memory.reckon(built), model, computed, times)
+    return Plan(built, topology, compiled, memory.reckon(built, kernel), model, computed, times)
 
 
-def step_flops(built: Built) -> tuple[int, float]:
+def has_kernel(built: Built, topology: Topology) -> bool:
+    """Whether attention runs in a kernel there, which a stand-in for a GPU has not."""
+    stand_in = not topology.compiled_for_it
+    return stand_in or memory.flash(built)
+
+
+def step_flops(built: Built, kernel: bool | None = None) -> tuple[int, float]:
     """FLOPs that the model needs for a step, and those that are computed.
 
     A kernel's attention skips what no query may see, and computes each score once more in its
@@ -71,7 +78,7 @@ def step_flops(built: Built) -> tuple[int, float]:
     plain, plain_attention = built.plain_flops("none")
     total, attention = built.plain_flops(run.model.remat)
     model = plain - round((1 - seen) * plain_attention)
-    if not memory.flash(built):
+    if not (memory.flash(built) if kernel is None else kernel):
         return model, total
     return model, total - attention + seen * (attention + plain_attention / 6)
 

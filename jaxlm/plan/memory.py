@@ -49,22 +49,23 @@ def on_one_device(tree) -> float:
     return float(sum(size(x) for x in jax.tree.leaves(tree)))
 
 
-def reckon(built: Built) -> Memory:
-    """The memory that a run's step takes on each of its devices."""
+def reckon(built: Built, kernel: bool | None = None) -> Memory:
+    """The memory that a run's step takes on each of its devices; `kernel`: see `flash`."""
+    kernel = flash(built) if kernel is None else kernel
     run, sizes, state = built.run, dict(built.mesh.shape), built.abstract
     parameters = on_one_device(state.params)
     model, rows, length = share_of_one(run, sizes)
     ways = sizes["fsdp"] * sizes["tensor"]
     # Accumulated gradients are float32, next to those of the micro-batch at hand.
     sums = 4 * sum(x.size for x in jax.tree.leaves(state.params)) / ways
-    kept = stored_with_weights(model, rows, length, sizes["fsdp"], flash(built))
+    kept = stored_with_weights(model, rows, length, sizes["fsdp"], kernel)
     return Memory(
         parameters,
         on_one_device(state.opt_state),
         on_one_device(state.extras),
         parameters + (sums if run.accumulate > 1 else 0.0),
         kept,
-        working(model, rows, length, flash(built)),
+        working(model, rows, length, kernel),
     )
 
 

@@ -46,11 +46,11 @@ def run(console, recipe: Run, topology: Topology, budget_tokens: float) -> int:
     for choice in found[:COMPILED]:
         plans.append(make.plan(choice.run, topology))
         made = plans[-1]
-        seconds = f"{made.times.step:.3f} s a step, {made.mfu(made.times.step):.1%} MFU" * bool(
+        seconds = f"{made.times.step:.3g} s a step, {made.mfu(made.times.step):.1%} MFU" * bool(
             made.fits and made.times
         )
         console.say(
-            f"compiled {_row(choice, recipe)[:3]}: {made.peak_bytes / tell.GIB:.2f} GiB, "
+            f"compiled {_row(choice, recipe)[:3]}: {made.peak_bytes / tell.GIB:.3g} GiB, "
             f"{seconds or 'does not fit'}"
         )
     fitting = [made for made in plans if made.fits and made.times]
@@ -85,14 +85,20 @@ def rank(recipe: Run, topology: Topology) -> list[Choice]:
             other = built._replace(
                 run=make.changed(built.run, model__remat=remat, accumulate=accumulate)
             )
-            held = memory.reckon(other).total
+            kernel = make.has_kernel(other, topology)
+            held = memory.reckon(other, kernel).total
             if held > ROOM * topology.chip.memory_bytes:
                 continue
             if remat not in flops:
-                flops[remat] = make.step_flops(other)[1]
+                flops[remat] = make.step_flops(other, kernel)[1]
             share = flops[remat] / len(topology.devices)
             found.append(Choice(other.run, sizes, held, reckoned_times(other, topology, share)))
-    return sorted(found, key=lambda choice: (choice.times.step, choice.bytes))
+    return sorted(found, key=_order)
+
+
+def _order(choice):
+    """By time, of which three digits mean something; then the simpler one."""
+    return float(f"{choice.times.step:.3g}"), choice.sizes["tensor"], choice.run.accumulate
 
 
 def meshes(recipe: Run, topology: Topology) -> list[dict[str, int]]:
@@ -133,6 +139,6 @@ def _row(choice, recipe):
         reckon.spread(choice.sizes),
         choice.run.model.remat,
         f"{choice.run.accumulate} of {recipe.batch // choice.run.accumulate} rows",
-        f"{choice.bytes / tell.GIB:.2f}",
-        f"{choice.times.step:.3f}",
+        f"{choice.bytes / tell.GIB:.3g}",
+        f"{choice.times.step:.3g}",
     )
