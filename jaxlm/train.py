@@ -33,6 +33,7 @@ from jaxlm.host.console import Console
 from jaxlm.host.signals import Signals
 from jaxlm.journal import Journal
 from jaxlm.metrics import Clock, Writer
+from jaxlm.models.proof import require_right
 from jaxlm.observe import Observer
 from jaxlm.profile import Profile
 from jaxlm.step import written_extras
@@ -73,6 +74,8 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
 
     with jax.set_mesh(mesh):
         built = build(run, prepared.tokenizer.vocabulary_size)
+        if not run.data.attend_across_documents:
+            require_right(built.run.model, mesh)
         if dry_run:
             return summary.dry_run(console, built, prepared)
         with (
