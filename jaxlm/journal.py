@@ -128,7 +128,7 @@ class Journal:
     def _warn_of_time(self):
         # The fastest steps so far: the first ones share the processor with the compressors.
         total = self._fastest * (self.steps - self.start) / 60
-        if self.minutes and total > self.minutes:
+        if self.minutes and total > 1.1 * self.minutes:
             fits = max(int(self.minutes / total * (self.steps - self.start) / 50) * 50, 50)
             self.console.warn(
                 f"at this machine's speed the training takes about {total:.0f} minutes, not "

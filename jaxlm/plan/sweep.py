@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm import sharding
 from jaxlm.build import Built
 from jaxlm.config import Run
 from jaxlm.plan import make, memory, reckon, roofline, tell
@@ -65,7 +66,7 @@ def run(console, recipe: Run, topology: Topology, budget_tokens: float) -> int:
 
 def flags(recipe: Run) -> str:
     """What to add to the command."""
-    mesh = " ".join(f"--config.mesh.{a}={getattr(recipe.mesh, a)}" for a in ("data", "tensor"))
+    mesh = " ".join(f"--config.mesh.{a}={getattr(recipe.mesh, a)}" for a in sharding.MESH_AXES)
     return (
         f"{mesh} --config.model.remat={recipe.model.remat} --config.accumulate={recipe.accumulate}"
     )
