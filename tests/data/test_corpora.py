@@ -21,6 +21,7 @@ def side(documents, split):
     return [document for document in documents if document.split == split]
 
 
+@pytest.mark.slow
 def test_sizes(both):
     code, prose = both["stdlib-code"], both["stdlib-prose"]
     assert sum(len(document.text) for document in code) > 6e6
@@ -33,6 +34,7 @@ def test_sizes(both):
         assert len({document.name for document in documents}) == len(documents)
 
 
+@pytest.mark.slow
 def test_code_is_library_code(both):
     names = [document.name for document in both["stdlib-code"]]
     assert {"json/decoder.py", "typing.py", "email/message.py"} < set(names)
@@ -49,6 +51,7 @@ def test_code_is_library_code(both):
     assert "pydoc_data/topics.py" not in names
 
 
+@pytest.mark.slow
 def test_prose_has_its_four_parts(both):
     names = [document.name for document in both["stdlib-prose"]]
     for part in ("topics/", "packages/", "extensions/"):
@@ -56,6 +59,7 @@ def test_prose_has_its_four_parts(both):
     assert "json/decoder.py docstrings" in names or "json/encoder.py docstrings" in names
 
 
+@pytest.mark.slow
 def test_a_docstring_takes_the_split_of_its_module(both):
     split = {document.name: document.split for document in both["stdlib-code"]}
     checked = 0

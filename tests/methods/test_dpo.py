@@ -51,6 +51,7 @@ def test_equation_7_by_hand():
     assert aux.metrics["dpo/accuracy"] == jnp.sum(z > 0)
 
 
+@pytest.mark.slow
 def test_a_step_downhill_prefers_the_chosen():
     params, _ = states()
     rows = pairs()

@@ -31,6 +31,7 @@ def close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 def test_logits_and_taps_equal_the_independent_ones(options):
     config = toy(**options)
@@ -105,6 +106,7 @@ def test_a_window_of_the_whole_length_is_none(backend):
     close(alone(params, last)[1, 11], alone(params, batch)[1, 11])
 
 
+@pytest.mark.slow
 @every_backend
 def test_grouped_heads_equal_repeated_ones(backend):
     _, params, grouped = build(toy(attention=backend))

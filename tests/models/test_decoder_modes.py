@@ -45,6 +45,7 @@ def compiled_gradient(config, read_taps=False):
     return jax.jit(gradient).lower(build(config)[1], two_rows()).compile()
 
 
+@pytest.mark.slow
 def test_both_modes_start_from_the_same_numbers():
     (_, flat, _), (_, stacked, _) = (build(toy(qk_norm=True, scan_layers=m)) for m in MODES)
     assert_equal(stack_layers(flat), stacked)
@@ -59,6 +60,7 @@ def test_stacking_keeps_the_order_of_ten_layers():
     assert_equal(unstack_layers(stack_layers(flat)), flat)
 
 
+@pytest.mark.slow
 def test_scanned_equals_unrolled():
     (value, grads, taps), scanned = (
         compiled_gradient(toy(scan_layers=mode), True)(
@@ -71,6 +73,7 @@ def test_scanned_equals_unrolled():
     assert_close(unstack_layers(scanned[2]), taps, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", MODES)
 @pytest.mark.parametrize("remat", policies(REMAT.keys() - {"none"}))
 def test_remat_changes_memory_and_no_number(remat, scan):
@@ -218,6 +221,7 @@ def test_initial_kernels_have_the_documented_spread():
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_first_loss_is_about_log_of_the_vocabulary(tied):
     config = toy(vocabulary=512, width=128, layers=8, tied=tied, scan_layers="on")

@@ -44,6 +44,7 @@ LAYOUTS = {
 FAST = ("tensor", "tensor-explicit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "scan", "explicit"),
     [
@@ -71,6 +72,7 @@ def test_eight_devices_equal_one(spec, scan, explicit):
     jax.tree.map(close, actual, expected)
 
 
+@pytest.mark.slow
 def test_sharded_init_gives_the_same_numbers():
     lm, params, _ = build(toy(scan_layers="on", **OPTIONS))
     mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))
@@ -82,6 +84,7 @@ def test_sharded_init_gives_the_same_numbers():
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
+@pytest.mark.slow
 def test_kv_heads_and_vocabulary_need_not_divide_by_the_mesh():
     lm, params, _ = build(toy(kv_heads=1, heads=3, head_width=10, vocabulary=61))
     mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))

@@ -130,6 +130,7 @@ def test_muon_gives_adam_its_own_rate():
     np.testing.assert_allclose(np.abs(moved["head"]["kernel"]), 0.3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_params_keep_float32_moments():
     lm = toy()
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), lm.init(jax.random.key(0)))

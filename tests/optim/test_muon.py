@@ -26,6 +26,7 @@ def updates(tx, trees):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(), (3,)])
 def test_equals_optax(layers, monkeypatch):
     trees = [{n: normal((*layers, *s), i) for n, s in SHAPES.items()} for i in range(3)]
