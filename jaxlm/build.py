@@ -16,7 +16,7 @@ from jaxlm import flops, sharding
 from jaxlm.checkpoint import load_params
 from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
-from jaxlm.models.transformer import decoder
+from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.optim.build import build as build_optimizer
 from jaxlm.optim.state import state_shardings
 from jaxlm.step import init_state, make_between, make_step
@@ -43,6 +43,11 @@ class Built(NamedTuple):
             shardings=shardings,
         )
         return step, make_between(self.run.method, shardings=shardings)
+
+    @property
+    def apart(self) -> DecoderConfig:
+        """The model as it is where rows hold documents that must not see each other."""
+        return kept_apart(self.run)
 
     def rows_here(self) -> np.ndarray:
         """Which rows of a global batch the devices of this process hold, in order."""
@@ -156,17 +161,24 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
         )
     packed = not run.data.attend_across_documents
     lm = decoder(model, sharding.platform(mesh), packed=packed, sequence=mesh.shape["sequence"])
+    run = dataclasses.replace(run, model=model)
     scorer = lm
-    if not packed:  # a backend may be right for training then, and wrong for evaluation
-        alike = dataclasses.replace(model, attention="auto")
-        scorer = decoder(alike, sharding.platform(mesh), sequence=mesh.shape["sequence"])
+    if not packed:
+        where = sharding.platform(mesh)
+        scorer = decoder(kept_apart(run), where, sequence=mesh.shape["sequence"])
     sharding.refuse_replicated(lm.axes, jax.eval_shape(lm.init, jax.random.key(0)), mesh)
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
     if run.method.wrap:
         tx = run.method.wrap(tx)
     tx = optax.with_extra_args_support(tx)
-    run = dataclasses.replace(run, model=model)
     return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx), scorer)
+
+
+def kept_apart(run: Run) -> DecoderConfig:
+    """The run's model; where training attends across documents, with a backend that need not."""
+    if not run.data.attend_across_documents:
+        return run.model
+    return dataclasses.replace(run.model, attention="auto")
 
 
 def remade(built: Built, model) -> Built:

@@ -74,8 +74,8 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
 
     with jax.set_mesh(mesh):
         built = build(run, prepared.tokenizer.vocabulary_size)
-        if not run.data.attend_across_documents:
-            require_right(built.run.model, mesh)
+        with clock("compile"):
+            require_right(built.apart, mesh)
         if dry_run:
             return summary.dry_run(console, built, prepared)
         with (
