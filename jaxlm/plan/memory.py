@@ -145,10 +145,14 @@ def _loss(model, rows, length):
 
 def _gathered(model):
     """Bytes of one block's kernels in the dtype of the products."""
-    width, inner, keys = model.width, *(n * model.head_width for n in (model.heads, model.kv_heads))
+    return block_kernels(model) * _itemsize(model.dtype)
+
+
+def block_kernels(model: DecoderConfig) -> int:
+    """Numbers in the kernels of one block of a resolved model."""
+    inner, keys = model.heads * model.head_width, model.kv_heads * model.head_width
     kernels = 3 if ACTIVATIONS[model.activation][1] else 2
-    count = width * (2 * inner + 2 * keys + kernels * model.ffn_width)
-    return count * _itemsize(model.dtype)
+    return model.width * (2 * inner + 2 * keys + kernels * model.ffn_width)
 
 
 def _itemsize(dtype):

@@ -17,8 +17,8 @@ import math
 from typing import NamedTuple
 
 from jaxlm.config import Run
-from jaxlm.models.options import ACTIVATIONS, resolve
-from jaxlm.plan.memory import share_of_one
+from jaxlm.models.options import resolve
+from jaxlm.plan.memory import block_kernels, share_of_one
 
 PASSES = 12  # reads and writes of each number of a block's activations, in a step
 
@@ -35,11 +35,8 @@ class Sent(NamedTuple):
 def parameters(run: Run) -> tuple[int, int]:
     """Numbers in the kernels of all blocks, and in embedding and head."""
     model = resolve(run.model, "cpu")
-    inner, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    kernels = 3 if ACTIVATIONS[model.activation][1] else 2
-    block = model.width * (2 * inner + 2 * keys + kernels * model.ffn_width)
     ends = model.width * model.vocabulary * (1 if model.tied else 2)
-    return model.layers * block, ends
+    return model.layers * block_kernels(model), ends
 
 
 def sent(run: Run, sizes: dict[str, int]) -> Sent:

@@ -1,3 +1,5 @@
+"""The cache of prepared data: errors at its door."""
+
 import pytest
 
 from jaxlm.data import cache as caching
