@@ -1,5 +1,6 @@
 """TPU slices by the names of `jaxlm.plan`, v5e:16x16, and what Google's tools call them."""
 
+import argparse
 import math
 from typing import NamedTuple
 
@@ -52,3 +53,11 @@ def parse(text: str) -> Slice:
     if chips > 1 and chips % HOST_CHIPS:
         raise ValueError(f"{text!r} has {chips} chips, which do not fill machines of {HOST_CHIPS}")
     return Slice(kind, topology, chips)
+
+
+def argument(text: str) -> Slice:
+    """`parse` for a command line."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

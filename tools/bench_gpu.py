@@ -35,7 +35,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from bench_train import Shape  # noqa: E402  (imports no JAX)
+from bench_train import Shape, llama  # noqa: E402  (imports no JAX)
 
 SHAPES = {
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, 4096, 4),
@@ -111,26 +111,11 @@ def our_step(shape: Shape, job: dict, steps: int) -> dict:
 def torch_step(shape: Shape, job: dict, steps: int) -> dict:
     """A plain training loop around Hugging Face's Llama."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.length,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(
-        device, torch.float32 if job["autocast"] else torch.bfloat16
-    )
+    model = llama(shape).to(device, torch.float32 if job["autocast"] else torch.bfloat16)
     if job["checkpoint"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)

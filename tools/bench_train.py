@@ -90,14 +90,10 @@ def jax_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
     return step, f"jax {jax.__version__}, {megabytes:.0f} MB temporary"
 
 
-def torch_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
-    """A plain training loop's step around `LlamaForCausalLM`."""
-    import torch
+def llama(shape: Shape):
+    """Hugging Face's model of that shape, on torch."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    del optimizer
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -110,7 +106,17 @@ def torch_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
         attn_implementation="sdpa",
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def torch_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
+    """A plain training loop's step around `LlamaForCausalLM`."""
+    import torch
+
+    del optimizer
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    model = llama(shape)
     autocast = bool(overrides.get("autocast"))
     if dtype == "bfloat16" and not autocast:
         model = model.to(torch.bfloat16)

@@ -10,7 +10,6 @@ mend (exit code 1 or 2). A pod that has to go gets SIGTERM, and GRACE seconds to
 node gives about 25).
 """
 
-import argparse
 import subprocess
 import sys
 
@@ -26,7 +25,7 @@ def parser() -> options.Parser:
     number = options.at_least
     p.add_argument("--via", choices=("kubectl", "xpk"), default="kubectl", help="(kubectl)")
     p.add_argument("--image", help="container image that holds jaxlm")
-    p.add_argument("--topology", type=_slice, help="of a TPU slice, such as v5e:16x16")
+    p.add_argument("--topology", type=tpus.argument, help="of a TPU slice, such as v5e:16x16")
     p.add_argument("--slices", type=number(1), default=1, help="TPU slices (1)")
     p.add_argument(
         "--gpu",
@@ -48,13 +47,6 @@ def parser() -> options.Parser:
     p.add_argument("--zone", help="for XPK; default: gcloud's")
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="(repeat)")
     return p
-
-
-def _slice(text):
-    try:
-        return tpus.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def check(p: options.Parser, o) -> None:

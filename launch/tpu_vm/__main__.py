@@ -8,7 +8,6 @@ metadata of the VMs. Ctrl-C sends SIGTERM to the workers, which save and end. Th
 unless --delete is given: the last line says how to give it back.
 """
 
-import argparse
 import concurrent.futures
 import re
 import subprocess
@@ -26,7 +25,7 @@ UNKNOWN = 255  # no worker said how it ended: the connection broke
 def parser() -> options.Parser:
     p = options.Parser("launch.tpu_vm", __doc__ or "")
     number = options.at_least
-    p.add_argument("--topology", type=_slice, help="of a slice, such as v5e:16x16")
+    p.add_argument("--topology", type=tpus.argument, help="of a slice, such as v5e:16x16")
     p.add_argument("--slices", type=number(1), default=1, help="(1)")
     p.add_argument("--zone", help="such as us-west4-a")
     p.add_argument("--project", help="default: gcloud's")
@@ -40,13 +39,6 @@ def parser() -> options.Parser:
     p.add_argument("--poll", type=number(1), default=30, help="seconds between questions (30)")
     p.add_argument("--delete", action="store_true", help="give the slices back at the end")
     return p
-
-
-def _slice(text):
-    try:
-        return tpus.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Slices:
