@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import config as configs
-from jaxlm import folder, report, sharding, summary, together
+from jaxlm import commandline, folder, report, sharding, summary, together
 from jaxlm.build import Built, build
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
@@ -303,7 +302,7 @@ def _ticker(console):
 
 
 def main() -> int:
-    run, flags = configs.parse(sys.argv, __doc__)
+    run, flags = commandline.parse(sys.argv, __doc__)
     if where := cluster.place():
         process.hush_libraries()
     with Console(quiet=bool(where and where.process)) as console:

@@ -8,7 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = {"contract", "host", "sharding"}
 TOP = {
-    *("config", "build", "step", "checkpoint", "metrics", "flops", "journal", "folder"),
+    *(
+        "commandline",
+        "config",
+        "build",
+        "step",
+        "checkpoint",
+        "metrics",
+        "flops",
+        "journal",
+        "folder",
+    ),
     *("observe", "summary", "report", "methods", "models", "optim", "data", "evals", "generate"),
     *("goodput", "profile"),
 }
@@ -31,6 +41,7 @@ MAY_IMPORT = {
     "methods": {"contract", "sharding", "methods.likelihood"},
     "evals": {"evals", "contract", "sharding", "generate", "data", "methods.likelihood"},
     "generate": {"generate", "contract", "sharding"},
+    "commandline": {"config", "methods"},
     "config": {"contract", "sharding", "methods", "models", "optim", "data"},
     "build": {"config", "contract", "sharding", "checkpoint", "models", "optim", "step", "flops"},
     "journal": {"host", "metrics"},

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
+from jaxlm import commandline, methods, summary
 from jaxlm import config as configs
-from jaxlm import methods, summary
 from jaxlm.config import check, defaults, flatten, nest, source
 
 NUMBER_OF_KEYS = 79  # outside the groups of the methods
@@ -131,7 +131,7 @@ def test_a_wrong_flag_is_one_sentence(flag, message, monkeypatch):
 def parse(monkeypatch, *given):
     """As from a command line: ml_collections looks for overrides in sys.argv."""
     monkeypatch.setattr(sys, "argv", ["train", "--config=configs/quickstart.py", *given])
-    return configs.parse(sys.argv, "")[0]
+    return commandline.parse(sys.argv, "")[0]
 
 
 def test_a_recipe_promises_for_its_own_settings_only(monkeypatch):

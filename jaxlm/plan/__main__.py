@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from jaxlm import config as configs
+from jaxlm import commandline
 from jaxlm.host.console import Console
 from jaxlm.plan import make, scaling, sweep, tell, topology
 
@@ -34,7 +34,7 @@ def _define(values):
 def main() -> int:
     name = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--topology=")), "")
     topology.prepare(name)  # before JAX looks for devices
-    run, given = configs.parse(sys.argv, __doc__, _define)
+    run, given = commandline.parse(sys.argv, __doc__, _define)
     if not given.topology:
         raise SystemExit(f"plan: add --topology=, one of {', '.join(topology.names())}")
     if given.weak_scaling:
