@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import flops, sharding
+from jaxlm import chips, flops, sharding
 from jaxlm.checkpoint import load_params
 from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
@@ -151,6 +151,10 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     """
     mesh = sharding.make_mesh(run.mesh, devices)
     run.check_devices(mesh)
+    device = mesh.devices.flat[0]
+    # A CPU, slow at it, stands in for tests and plans.
+    if run.model.quantize == "fp8" and device.platform != "cpu" and not chips.has_fp8(device):
+        raise ValueError(chips.no_fp8(device.device_kind))
     model = run.model
     if not model.vocabulary:
         model = dataclasses.replace(model, vocabulary=vocabulary)

@@ -4,7 +4,8 @@ FLOP/s are dense bfloat16. Bandwidths are those of one chip: `memory` of its HBM
 send to its neighbours over all its links together, in one direction (half of the figures that data
 sheets call bidirectional); `network` its share of its host's cards into the data center. `torus`:
 dimensions of the grid that the links make, 0 = a switch between all; `joined`: chips that the links
-join at most.
+join at most. `fp8`: products of 8-bit floats (e4m3, e5m2), at twice the rate; MFU stays a share of
+the bfloat16 peak.
 
 Sources, read in November 2026. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the network of
 v5e and v6e is that of a pod divided by its 256 chips, v4's is taken to be v5p's (not published).
@@ -13,22 +14,23 @@ A100 80GB, H100, H200 and DGX B200, SXM, without sparsity; the network is one ca
 DGX systems, 200 Gb/s for the A100 and 400 Gb/s for the others.
 """
 
+import re
 from typing import NamedTuple
 
 # A TPU's gigabytes are binary (its compiler has 15.75 of a v5e's 16 to give), a GPU's decimal.
 # A device belongs to the first row one of whose kinds its `device_kind` starts with, in lower case.
 TABLE = """
-# name     TFLOP/s  memory GB  GB/s  link GB/s  network GB/s  torus  joined  device_kind
-v6e            918         32  1600        400        12.5        2     256  tpu v6 lite | tpu v6e
-v5e            197         16   819        200         3.125      2     256  tpu v5 lite | tpu v5e
-v5p            459         95  2765        600         6.25       3    6144  tpu v5p | tpu v5
-v4             275         32  1200        300         6.25       3    4096  tpu v4
-a100           312         80  2039        300        25          0       8  nvidia a100
-h100-pcie      756         80  2000         64        25          0       8  nvidia h100 pcie
-h100-nvl       835         94  3900        300        25          0       2  nvidia h100 nvl
-h100           989         80  3350        450        50          0       8  nvidia h100
-h200           989        141  4800        450        50          0       8  nvidia h200
-b200          2250        180  8000        900        50          0       8  nvidia b200
+# name  TFLOP/s  memory GB  GB/s  link GB/s  network GB/s  torus  joined  fp8  device_kind
+v6e         918         32  1600        400        12.5        2     256   no  tpu v6 lite | tpu v6e
+v5e         197         16   819        200         3.125      2     256   no  tpu v5 lite | tpu v5e
+v5p         459         95  2765        600         6.25       3    6144   no  tpu v5p | tpu v5
+v4          275         32  1200        300         6.25       3    4096   no  tpu v4
+a100        312         80  2039        300        25          0       8   no  nvidia a100
+h100-pcie   756         80  2000         64        25          0       8  yes  nvidia h100 pcie
+h100-nvl    835         94  3900        300        25          0       2  yes  nvidia h100 nvl
+h100        989         80  3350        450        50          0       8  yes  nvidia h100
+h200        989        141  4800        450        50          0       8  yes  nvidia h200
+b200       2250        180  8000        900        50          0       8  yes  nvidia b200
 """
 
 
@@ -43,10 +45,11 @@ class Chip(NamedTuple):
     network: float  # bytes/s
     torus: int
     joined: int
+    fp8: bool = False  # multiplies 8-bit floats
 
 
 def _read(line: str) -> Chip:
-    name, tflops, memory, speed, link, network, torus, joined, kinds = line.split(maxsplit=8)
+    name, tflops, memory, speed, link, network, torus, joined, fp8, kinds = line.split(maxsplit=9)
     tpu = kinds.startswith("tpu")
     return Chip(
         name,
@@ -59,6 +62,7 @@ def _read(line: str) -> Chip:
         network=float(network) * 1e9,
         torus=int(torus),
         joined=int(joined),
+        fp8=fp8 == "yes",
     )
 
 
@@ -68,3 +72,25 @@ CHIPS = {chip.name: chip for chip in map(_read, TABLE.strip().splitlines()[1:])}
 def of_kind(kind: str) -> Chip | None:
     """The chip whose `device_kind` this is, if we know it."""
     return next((chip for chip in CHIPS.values() if kind.lower().startswith(chip.kinds)), None)
+
+
+def has_fp8(device) -> bool:
+    """Whether a device multiplies 8-bit floats: by the table, or a GPU by what it says of itself.
+
+    Of GPUs those of compute capability 8.9 do, Ada and later.
+    """
+    chip = of_kind(device.device_kind)
+    if chip:
+        return chip.fp8
+    capability = re.match(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return bool(capability) and tuple(map(int, capability.groups())) >= (8, 9)
+
+
+def no_fp8(kind: str) -> str:
+    """What to tell who asked for fp8 on a device of this kind."""
+    able = ", ".join(chip.name for chip in CHIPS.values() if chip.fp8)
+    return (
+        f"config.model.quantize='fp8', but a {kind} multiplies no 8-bit floats as far as is known "
+        f"here ({able} do, and GPUs of compute capability 8.9 and more); take 'int8' or 'off', or "
+        "add its data sheet to jaxlm/chips.py"
+    )

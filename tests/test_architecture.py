@@ -43,7 +43,10 @@ MAY_IMPORT = {
     "generate": {"generate", "contract", "sharding"},
     "commandline": {"config", "methods"},
     "config": {"contract", "sharding", "methods", "models", "optim", "data"},
-    "build": {"config", "contract", "sharding", "checkpoint", "models", "optim", "step", "flops"},
+    "build": {
+        *("chips", "config", "contract", "sharding", "checkpoint", "models", "optim", "step"),
+        "flops",
+    },
     "journal": {"host", "metrics"},
     "folder": {"config", "checkpoint", "models", "host"},
     "together": {"config", "data", "folder", "host"},

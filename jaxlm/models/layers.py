@@ -98,12 +98,12 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), config.param_dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype)) if bias else None
         self.axes = KERNEL_AXES[name]
-        self.int8 = config.quantize == "int8"
+        self.quantize = config.quantize
 
     def __call__(self, x_BLI, mask_BL):
         takes, gives = self.axes
         kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
-        y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives, self.int8)
+        y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives, self.quantize)
         if self.bias is not None:
             y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
         size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)

@@ -39,6 +39,7 @@ REMAT = {
     "attention": _policies.save_only_these_names("attention", "attended"),  # it read and returned
 }
 
+QUANTIZE = ("off", "int8", "fp8")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,7 +68,7 @@ class DecoderConfig:
     init_scale: float = 1.0  # multiplies the standard deviation of every initial kernel
     dtype: str = "float32"  # of activations and products; norms, softmax, logits stay float32
     param_dtype: str = "float32"
-    quantize: str = "off"  # int8 = products of kernels and activations, see `products`
+    quantize: str = "off"  # a name of QUANTIZE: what products of kernels multiply, see `products`
     scan_layers: str = "auto"  # on | off | auto: on for a TPU
     remat: str = "none"  # a name of REMAT
     attention: str = "auto"  # a name of attention.BACKENDS, or auto
@@ -85,7 +86,7 @@ def resolve(
     known("remat", config.remat, REMAT)
     known("dtype", config.dtype, DTYPES)
     known("param_dtype", config.param_dtype, DTYPES)
-    known("quantize", config.quantize, ("off", "int8"))
+    known("quantize", config.quantize, QUANTIZE)
     known("scan_layers", config.scan_layers, ("auto", "on", "off"))
     _refuse_signs(config)
     _refuse_heads(config)

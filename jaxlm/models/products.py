@@ -2,11 +2,18 @@
 
 Letters: B batch, L length, I and O what a kernel takes and gives.
 
-With int8 two of the three products of a kernel, its output and the gradient of its input, are of
-int8 numbers with int32 sums, which TPUs from v5e and GPUs do at twice the rate of bfloat16. The
-gradient of the kernel, a sum over all tokens, stays in the compute dtype, and so do parameters,
-moments, attention, embedding and head. As in AQT (github.com/google/aqt) rounding is to the nearest
-and its gradient that of the identity. A remat policy that stores products stores the int32 sums.
+A kernel has three products: its output, the gradient of its input and its own gradient, a sum over
+all tokens. `config.model.quantize` rounds what they multiply; parameters, moments, attention,
+embedding and head stay as they are.
+
+int8  the first two are of int8 numbers with int32 sums, which TPUs from v5e and GPUs do at twice
+      the rate of bfloat16. Each token has a scale, and each unit that the kernel gives.
+fp8   all three are of 8-bit floats, e4m3 forward and e5m2 for what comes back (arXiv 2209.05433),
+      which GPUs from Hopper do at twice the rate. A tensor has one scale, of its largest number
+      now, not of steps before: a power of two, so that scaling rounds nothing.
+
+As in AQT (github.com/google/aqt) rounding is to the nearest and its gradient that of the identity.
+A remat policy that stores products stores the sums.
 """
 
 import functools
@@ -16,32 +23,45 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
+TOP = {E4M3: 2.0**7, E5M2: 2.0**14}  # they end at 448 and 57,344
+SMALLEST = 2.0**-100  # a tensor of less is one of zeros
+EXPONENT = 0x7F800000  # these bits of a float32
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def project(x_BLI, kernel_IO, takes, gives, int8=False):
+def project(x_BLI, kernel_IO, takes, gives, quantize="off"):
     """x·W, with its gradient written out, for the order of the operands in that of W.
 
     JAX puts the cotangent first there, and XLA on a CPU then copies it transposed: a third slower
     in float32, and on jax 0.12 four times in bfloat16, with sums that are off by 2 %.
     """
-    return _forward(x_BLI, kernel_IO, takes, gives, int8)[0]
+    return _forward(x_BLI, kernel_IO, takes, gives, quantize)[0]
 
 
-def _forward(x_BLI, kernel_IO, takes, gives, int8):
+def _forward(x_BLI, kernel_IO, takes, gives, quantize):
     # Not `project` again: policies of what to store look for the product itself.
-    multiply = functools.partial(int8_product, 0) if int8 else product
+    multiply = {
+        "off": product,
+        "int8": functools.partial(int8_product, 0),
+        "fp8": functools.partial(fp8_product, (E4M3, E4M3)),
+    }[quantize]
     y_BLO = multiply("BLI,IO->BLO", x_BLI, kernel_IO, "batch", "length", _of_activations(gives))
     return y_BLO, (x_BLI, kernel_IO)
 
 
-def _backward(takes, gives, int8, saved, d_BLO):
+def _backward(takes, gives, quantize, saved, d_BLO):
     x_BLI, kernel_IO = saved
-    multiply = functools.partial(int8_product, 1) if int8 else product
-    d_x = multiply("BLO,IO->BLI", d_BLO, kernel_IO, "batch", "length", _of_activations(takes))
+    of_input, of_kernel = {
+        "off": (product, product),
+        "int8": (functools.partial(int8_product, 1), product),
+        "fp8": tuple(functools.partial(fp8_product, k) for k in ((E5M2, E4M3), (E4M3, E5M2))),
+    }[quantize]
+    d_x = of_input("BLO,IO->BLI", d_BLO, kernel_IO, "batch", "length", _of_activations(takes))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.are_all_axes_explicit:  # a gradient then lies as what it is of
         takes, gives = (None if axis == "embed" else axis for axis in (takes, gives))
-    return d_x, product("BLI,BLO->IO", x_BLI, d_BLO, takes, gives)
+    return d_x, of_kernel("BLI,BLO->IO", x_BLI, d_BLO, takes, gives)
 
 
 project.defvjp(_forward, _backward)
@@ -75,6 +95,34 @@ def _int8(x, axis):
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
     return jnp.round(x / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8), scale
+
+
+def fp8_product(kinds, equation, x, y, *logical):
+    """`product` of the nearest 8-bit floats of these kinds.
+
+    On a GPU XLA makes one scaled product of cuBLAS of it, or a Triton kernel. HIGHEST asks for
+    float32 sums; without it Hopper keeps fewer bits of them, and is faster. As in Transformer
+    Engine only outputs do without.
+    """
+    (x_fp8, scale_x), (y_fp8, scale_y) = (
+        _fp8(array, kind) for array, kind in zip((x, y), kinds, strict=True)
+    )
+    # bfloat16 has the range for sums before they are scaled, and float16 has not.
+    result = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    precision = jax.lax.Precision.HIGHEST if E5M2 in kinds else jax.lax.Precision.DEFAULT
+    sums = product(
+        equation, x_fp8, y_fp8, *logical, precision=precision, preferred_element_type=result
+    )
+    return (sums * (1 / scale_x / scale_y).astype(result)).astype(x.dtype)
+
+
+def _fp8(x, kind):
+    """(8-bit floats, scale []): their largest is below the kind's largest by a factor of 1 to 4."""
+    largest = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32), SMALLEST)
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
+    power_of_two = jax.lax.bitcast_convert_type(bits & EXPONENT, jnp.float32)  # at most `largest`
+    scale = TOP[kind] / power_of_two
+    return (x.astype(jnp.float32) * scale).astype(kind), scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

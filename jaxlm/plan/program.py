@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxlm import chips
 from jaxlm.build import Built, build
 from jaxlm.config import Run
 from jaxlm.plan import hlo
@@ -46,6 +47,8 @@ def plan_run(run: Run, topology: Topology) -> Built:
     """The run, built for the topology's devices. Raises `ValueError` for what cannot be there."""
     vocabulary = run.model.vocabulary or run.data.vocabulary
     if topology.platform == "gpu" and not topology.compiled_for_it:
+        if run.model.quantize == "fp8" and not topology.chip.fp8:
+            raise ValueError(chips.no_fp8(topology.chip.name))
         # A CPU takes minutes to compile layers that a GPU unrolls; scanned, they send the same.
         model = dataclasses.replace(run.model, scan_layers="on", attention="xla")
         run = dataclasses.replace(run, model=model)
