@@ -42,6 +42,12 @@ class LM(NamedTuple):
     """Tokens of a device whose logits exist at one time in a loss; 0 = all of them."""
     head: Callable[[Params], Callable[[jax.Array], jax.Array]] | None = None
     """params -> (hidden -> logits): `unembed` for many calls, what it reads gathered only once."""
+    begin: Callable[..., tuple[jax.Array, Any]] | None = None
+    """(params, batch, length) -> hidden_BLD, cache: what `hidden` returns first for a batch, and a
+    cache of `length` slots whose first L remember it."""
+    extend: Callable[..., tuple[jax.Array, Any]] | None = None
+    """(params, batch, cache) -> hidden_BLD, cache: of the L tokens that come next in each row,
+    which have to fit into the cache. Both read tokens, segments (0 = padding) and positions."""
 
 
 class Aux(NamedTuple):

@@ -24,7 +24,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
+from jaxlm.models import cache
 from jaxlm.models.attention import attention
+from jaxlm.models.masks import Places
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
 from jaxlm.models.products import project
 
@@ -48,6 +50,7 @@ class Context(NamedTuple):
     segments_BL: jax.Array
     positions_BL: jax.Array
     turns_BLK: tuple[jax.Array, jax.Array]  # cosine and sine, each [B, L, K/2] float32
+    past: Places | None = None  # of what the blocks remember
 
 
 def truncated_normal(variance: float, fan: Literal["fan_in", "fan_out"] = "fan_in"):
@@ -112,7 +115,11 @@ class Dense(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    Returns the output, its taps, and the keys and values of the tokens. `past`: what the block
+    remembers of the tokens before them.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         H, G, K, D = config.heads, config.kv_heads, config.head_width, config.width
@@ -126,7 +133,7 @@ class SelfAttention(nnx.Module):
         self.key_norm = RMSNorm(K, config) if config.qk_norm else None
         self.config = config
 
-    def __call__(self, x_BLD, context: Context):
+    def __call__(self, x_BLD, context: Context, past: cache.Memory | None = None):
         c = self.config
         B, L, _ = x_BLD.shape
         query, query_tap = self.query(x_BLD, context.mask_BL)
@@ -139,18 +146,25 @@ class SelfAttention(nnx.Module):
             query_BLHK, key_BLGK = self.query_norm(query_BLHK), self.key_norm(key_BLGK)
         query_BLHK = turn(query_BLHK, context.turns_BLK)
         key_BLGK = turn(key_BLGK, context.turns_BLK)
-        mixed_BLHK = attention(
-            *(checkpoint_name(x, "attention") for x in (query_BLHK, key_BLGK, value_BLGK)),
-            segments_BL=context.segments_BL,
-            positions_BL=context.positions_BL,
-            window=c.window,
-            soft_cap=c.attention_soft_cap,
-            backend=c.attention,
-        )
+        options = {"window": c.window, "soft_cap": c.attention_soft_cap}
+        new = cache.remember(key_BLGK, value_BLGK)
+        if past is None or context.past is None:
+            mixed_BLHK = attention(
+                *(checkpoint_name(x, "attention") for x in (query_BLHK, key_BLGK, value_BLGK)),
+                segments_BL=context.segments_BL,
+                positions_BL=context.positions_BL,
+                backend=c.attention,
+                **options,
+            )
+        else:
+            here = Places(context.segments_BL, context.positions_BL)
+            mixed_BLHK = cache.attend(
+                query_BLHK, new, past, places=here, past_places=context.past, **options
+            )
         mixed_BLI = mixed_BLHK.reshape(B, L, -1)
         y_BLD, output_tap = self.output(mixed_BLI, context.mask_BL)
         taps = {"query": query_tap, "key": key_tap, "value": value_tap, "output": output_tap}
-        return y_BLD, taps
+        return y_BLD, taps, new
 
 
 class FeedForward(nnx.Module):

@@ -24,7 +24,8 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, layers, lookup
+from jaxlm.models import attention_ring, cache, layers, lookup
+from jaxlm.models.masks import Places
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 from jaxlm.models.products import float32_product
 
@@ -32,7 +33,10 @@ __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers"
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then + mlp(norm(·)): of the sum, or of x when parallel."""
+    """x + attention(norm(x)), then + mlp(norm(·)): of the sum, or of x when parallel.
+
+    Returns it with its taps, and with what is to be remembered of it (`cache`).
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.attention_norm = layers.RMSNorm(config.width, config)
@@ -41,14 +45,16 @@ class Block(nnx.Module):
         self.mlp = layers.FeedForward(config, rngs)
         self.parallel = config.parallel_residual
 
-    def __call__(self, x_BLD, context: layers.Context):
+    def __call__(self, x_BLD, context: layers.Context, past: cache.Memory | None = None):
         with jax.named_scope("attention"):
-            mixed_BLD, attention_taps = self.attention(self.attention_norm(x_BLD), context)
+            mixed_BLD, attention_taps, new = self.attention(
+                self.attention_norm(x_BLD), context, past
+            )
         between_BLD = x_BLD + mixed_BLD
         mlp_input_BLD = self.mlp_norm(x_BLD if self.parallel else between_BLD)
         with jax.named_scope("mlp"):
             fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
-        return between_BLD + fed_BLD, {"attention": attention_taps, "mlp": mlp_taps}
+        return between_BLD + fed_BLD, {"attention": attention_taps, "mlp": mlp_taps}, new
 
 
 class Embedding(nnx.Module):
@@ -118,14 +124,35 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
         context = _context(config, batch)
 
         def block(x_BLD, block_params):
-            x_BLD, taps = block_of(block_params)(x_BLD, context)
+            x_BLD, taps, _ = block_of(block_params)(x_BLD, context)
             return sharding.constrain(x_BLD, "batch", "length", "width"), taps
 
         with jax.named_scope("embedding"):
             x_BLD = ends.embed(batch["tokens"])
-        x_BLD, taps = _through(rematerialized(block, config), x_BLD, params["blocks"], scanned)
+        block = rematerialized(block, config)
+        x_BLD, taps = _through(block, x_BLD, scanned, params["blocks"])
         x_BLD = ends.final_norm(x_BLD)
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
+
+    def remembered(params, batch, past=None):
+        ends = ends_of(_without_blocks(params))
+        context = _context(config, batch, past and past.places)
+
+        def block(x_BLD, block_params, *memory):
+            x_BLD, _, new = block_of(block_params)(x_BLD, context, *memory)
+            return sharding.constrain(x_BLD, "batch", "length", "width"), new
+
+        parts = [params["blocks"], *([past.blocks] if past else [])]
+        x_BLD, new = _through(block, ends.embed(batch["tokens"]), scanned, *parts)
+        return ends.final_norm(x_BLD), (new, Places(batch["segments"], batch["positions"]))
+
+    def begin(params, batch, length):
+        hidden_BLD, new = remembered(params, batch)
+        return hidden_BLD, cache.begin(*new, length)
+
+    def extend(params, batch, past):
+        hidden_BLD, new = remembered(params, batch, past)
+        return hidden_BLD, cache.write(past, *new)
 
     def head(params):
         ends = ends_of(_without_blocks(params))
@@ -137,7 +164,7 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, scanned), shapes)
-    return LM(init, hidden, unembed, axes, config.loss_chunk, head)
+    return LM(init, hidden, unembed, axes, config.loss_chunk, head, begin, extend)
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
@@ -195,24 +222,28 @@ def parameter_count_by_part(params: Any) -> dict[str, int]:
     return counts
 
 
-def _context(config, batch):
-    """What the blocks read of a batch."""
+def _context(config, batch, past=None):
+    """What the blocks read of a batch; `past`: where the tokens stand that they remember."""
     return layers.Context(
         mask_BL=(batch["segments"] > 0).astype(jnp.float32),
         segments_BL=batch["segments"],
         positions_BL=batch["positions"],
         turns_BLK=layers.rope_turns(batch["positions"], config.head_width, config.rope_theta),
+        past=past,
     )
 
 
-def _through(block, x, blocks, scanned):
-    """x through all blocks in turn, and their taps in the form of `blocks`."""
+def _through(block, x, scanned, *parts):
+    """x through all blocks in turn, with what each gives beside, in the form of the `parts`.
+
+    A part is a stack or a dict of what each block takes, its params first.
+    """
     if scanned:
-        return jax.lax.scan(block, x, blocks)
-    taps = {}
-    for i in range(len(blocks)):
-        x, taps[str(i)] = block(x, blocks[str(i)])
-    return x, taps
+        return jax.lax.scan(lambda x, parts: block(x, *parts), x, parts)
+    beside = {}
+    for i in range(len(parts[0])):
+        x, beside[str(i)] = block(x, *(part[str(i)] for part in parts))
+    return x, beside
 
 
 def _axes(path, scanned):
