@@ -49,12 +49,13 @@ MAY_IMPORT = {
     },
     "journal": {"host", "metrics"},
     "folder": {"config", "checkpoint", "models", "host"},
+    "opened": {"build", "checkpoint", "config", "contract", "data", "host", "models", "sharding"},
     "together": {"config", "data", "folder", "host"},
     "observe": BASE | TOP,
     "summary": BASE | TOP,
     "train": BASE | TOP | {"together"},
     "plan": BASE | TOP | {"plan", "chips"},
-    "generate.__main__": BASE | TOP,
+    "generate.__main__": BASE | TOP | {"opened"},
 }
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 

@@ -13,20 +13,13 @@ from jaxlm.host import process
 process.start(__name__)
 
 import argparse
-import dataclasses
-import json
 import sys
-from pathlib import Path
 
 import jax
 
-from jaxlm import config as configs
-from jaxlm.build import build
-from jaxlm.checkpoint import load_params
-from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate.sample import make_sampler
 from jaxlm.host import cluster
-from jaxlm.sharding import MeshSpec, make_mesh
+from jaxlm.opened import open_model
 
 
 def main() -> int:
@@ -47,27 +40,12 @@ def main() -> int:
 
 def samples(flags):
     """Yields `flags.samples` texts, the prompt in front. Raises `ValueError` for people."""
-    workdir = Path(flags.workdir).expanduser()
-    try:
-        saved = json.loads((workdir / "run.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{workdir} is no work folder of a run: it has no readable run.json"
-        ) from None
-    run = configs.from_saved(configs.flatten(saved["config"]))
-    tokenizer = tokenizers.load(workdir / "tokenizer")
-    devices = jax.devices() if cluster.several() else jax.devices()[:1]
-    with jax.set_mesh(make_mesh(MeshSpec(), devices)):
-        run = dataclasses.replace(run, mesh=MeshSpec(), batch=len(devices), accumulate=1)
-        built = build(run, tokenizer.vocabulary_size, devices)
-        params = load_params(
-            workdir,
-            built.abstract.params,
-            step=flags.step,
-            say=lambda text: print(text, file=sys.stderr) if cluster.process() == 0 else None,
-        )
+    say = lambda text: print(text, file=sys.stderr) if cluster.process() == 0 else None
+    opened = open_model(flags.workdir, step=flags.step, say=say)
+    params, tokenizer = opened.params, opened.tokenizer
+    with jax.set_mesh(opened.mesh):
         sample = make_sampler(
-            built.lm, run.data.length, temperature=flags.temperature, top_k=flags.top_k
+            opened.lm, opened.length, temperature=flags.temperature, top_k=flags.top_k
         )
         (ids,) = tokenizer.encode_batch([flags.prompt])
         for i in range(flags.samples):

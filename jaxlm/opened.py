@@ -1,0 +1,80 @@
+"""A finished model, opened to be used: to generate, to evaluate, to be compared.
+
+    opened = open_model("runs/quickstart")
+    with jax.set_mesh(opened.mesh):
+        hidden_BLD, _, _ = opened.lm.hidden(opened.params, batch)
+
+What can be opened: the work folder of a run.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm import sharding
+from jaxlm.build import build
+from jaxlm.checkpoint import load_params
+from jaxlm.contract import LM
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.host import cluster
+from jaxlm.models.options import DecoderConfig
+from jaxlm.sharding import MeshSpec
+
+
+class Opened(NamedTuple):
+    """A model on its devices; run it under `jax.set_mesh(opened.mesh)`."""
+
+    lm: LM  # keeps the documents of a row apart, and so padding from text
+    params: Any
+    tokenizer: Tokenizer
+    model: DecoderConfig
+    mesh: jax.sharding.Mesh
+    length: int  # tokens of context that it was trained with
+    folder: Path  # of the tokenizer, where a chat template lies too if there is one
+
+
+def open_model(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    mesh: MeshSpec | None = None,
+    devices: list | None = None,
+    say: Callable[[str], None] = print,
+) -> Opened:
+    """The model of a folder, its params laid out on `devices`.
+
+    `step`: of the checkpoint; None = the newest good one. `devices`: by default the first one, and
+    where several processes run together, all. `say` is called with a sentence about each checkpoint
+    that is skipped. Raises `ValueError` for people.
+    """
+    folder = Path(path).expanduser()
+    if devices is None:
+        devices = jax.devices() if cluster.several() else jax.devices()[:1]
+    return _run(folder, step, mesh or MeshSpec(), devices, say)
+
+
+def _run(workdir, step, spec, devices, say):
+    """Of the work folder of a run."""
+    try:
+        saved = json.loads((workdir / "run.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{workdir} is no work folder of a run: it has no readable run.json"
+        ) from None
+    run = configs.from_saved(configs.flatten(saved["config"]))
+    folder = workdir / "tokenizer"
+    tokenizer = tokenizers.load(folder)
+    ways = sharding.rows_divide_by(mesh := sharding.make_mesh(spec, devices))
+    run = dataclasses.replace(run, mesh=spec, batch=ways, accumulate=1)
+    with jax.set_mesh(mesh):
+        built = build(run, tokenizer.vocabulary_size, devices)
+        params = load_params(workdir, built.abstract.params, step=step, say=say)
+    return Opened(
+        built.scorer, params, tokenizer, built.apart, mesh, run.data.length, folder.absolute()
+    )
