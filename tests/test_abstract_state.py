@@ -32,6 +32,7 @@ def test_model_flops_are_those_of_the_formula(window):
     assert built_with(window=window).model_flops() == pytest.approx(by_hand, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_not_the_model():
     c = tiny.get_config()
     one_device = jax.devices()[:1]
@@ -68,6 +69,7 @@ def test_copies_count_where_an_axis_is_split_only_in_part():
             sharding.refuse_replicated(axes, leaf(*shape), mesh)
 
 
+@pytest.mark.slow
 def test_model_flops_depend_on_no_way_to_save_time_or_memory():
     plain = built_with()
     count = plain.model_flops()

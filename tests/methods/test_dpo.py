@@ -33,6 +33,7 @@ def test_starts_at_log_2():
     assert aux.weight == 8
 
 
+@pytest.mark.slow
 def test_equation_7_by_hand():
     params, reference = states()
     rows = pairs(number=3)
@@ -62,6 +63,7 @@ def test_a_step_downhill_prefers_the_chosen():
     assert aux.metrics["dpo/accuracy"] == 8
 
 
+@pytest.mark.slow
 def test_a_pair_without_weight_weighs_nothing():
     params, reference = states()
     rows = pairs(number=4)

@@ -46,6 +46,7 @@ def test_filter_ratio_zero_keeps_everything_in_order():
     jax.tree.map(np.testing.assert_array_equal, kept, rows)
 
 
+@pytest.mark.slow
 def test_padding_rows_are_the_last_choice():
     rows = {name: x.at[:5].set(0) for name, x in batch(rows=8).items()}
     kept, metrics = select(rows, filter_ratio=0.5)
@@ -53,6 +54,7 @@ def test_padding_rows_are_the_last_choice():
     assert np.isfinite(metrics["select/learnability"])
 
 
+@pytest.mark.slow
 def test_noise_draws_without_replacement():
     kept, _ = select(batch(rows=12), filter_ratio=0.5, noise=100.0)
     assert len(set(np.array(kept["index"]))) == 6

@@ -74,6 +74,7 @@ def assert_close(tree, other, tolerance):
     jax.tree.map(one, tree, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("loss", [from_logprobs, from_sum])
 def test_equals_a_plain_log_softmax(head, loss):
@@ -100,6 +101,7 @@ def test_logprobs_are_those_of_each_target():
     assert taps["taps"].shape == penalties["penalty"].shape == ()
 
 
+@pytest.mark.slow
 def test_gradients_also_reach_the_weights_and_through_penalties():
     params, batch = params_and_batch()
     logprobs = token_logprobs(model(), params, batch)[0]

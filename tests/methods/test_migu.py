@@ -23,6 +23,7 @@ def one_step(method, tx, params, grads, taps, state=None):
     return optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.99])
 def test_exact_number_of_frozen_columns(scan, threshold):

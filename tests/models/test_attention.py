@@ -149,6 +149,7 @@ def test_no_query_sees_a_later_key(backend):
     assert float(jnp.abs(before - after).max(axis=(0, 2, 3))[80:].min()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_near_float32(backend):
     coarse = [x.astype(jnp.bfloat16) for x in operands(width=24)]  # its root is not exact either
@@ -250,6 +251,7 @@ def test_what_a_backend_cannot_do_is_refused(name, platform, needs, words):
     assert words in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_flash_lowers_for_a_gpu(dtype):

@@ -79,6 +79,7 @@ def test_packed_equals_unpacked(backend, window):
     close(packed, np.concatenate([alone[0, :4], alone[1, :5], alone[2, :3]]))
 
 
+@pytest.mark.slow
 @every_backend
 def test_padding_changes_nothing(backend):
     lm, params, logits = build(toy(attention=backend))
@@ -95,6 +96,7 @@ def test_padding_changes_nothing(backend):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(everything))
 
 
+@pytest.mark.slow
 @every_backend
 def test_a_window_of_the_whole_length_is_none(backend):
     _, params, full = build(toy(attention=backend))
@@ -132,6 +134,7 @@ def test_only_distances_count(backend):
     close(logits(params, shifted), logits(params, batch), 2e-5)
 
 
+@pytest.mark.slow
 def test_rotary_products_depend_on_the_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
@@ -144,6 +147,7 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
+@pytest.mark.slow
 def test_soft_caps_by_hand():
     _, params, plain = build(toy())
     _, _, capped = build(toy(logit_soft_cap=0.5))
@@ -154,6 +158,7 @@ def test_soft_caps_by_hand():
     close(loose(params, two_rows()), plain(params, two_rows()))
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_the_table():
     _, tied_params, tied = build(toy())
     _, params, untied = build(toy(tied=False))

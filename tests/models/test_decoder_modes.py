@@ -107,6 +107,7 @@ def test_remat_computes_again_only_what_was_not_stored():
     assert {remat for remat, count in hosted.items() if count} == {"dots_offloaded"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", MODES)
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_taps_that_nobody_reads_are_not_computed(scan, remat, monkeypatch):
@@ -133,6 +134,7 @@ def cost(compiled):
     }
 
 
+@pytest.mark.slow
 def test_taps_have_no_gradient():
     lm, params, _ = build(toy())
 
@@ -144,6 +146,7 @@ def test_taps_have_no_gradient():
     assert_equal(gradient(params, 1.0), gradient(params, 0.0))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_params_stay_float32():
     lm, params, logits = build(toy(dtype="bfloat16", qk_norm=True, tied=False))
     _, _, exact = build(toy(qk_norm=True, tied=False))
@@ -159,6 +162,7 @@ def test_bfloat16_computes_and_params_stay_float32():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_has_float32_logits_and_a_gradient_in_the_compute_dtype(tied):
     lm, params, _ = build(toy(dtype="bfloat16", tied=tied))
@@ -198,6 +202,7 @@ def test_no_dtype_is_promoted_silently(dtype, param_dtype):
     assert all(leaf.dtype == param_dtype for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_initial_kernels_have_the_documented_spread():
     _, params, _ = build(toy(width=128, layers=2, kv_heads=4, scan_layers="on", tied=False))
     _, doubled, _ = build(

@@ -15,6 +15,7 @@ def rows():
     return pack(*([document(4, i), document(10, i + 9)] for i in range(4)), length=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", ["on", "off"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_axes_name_every_axis_of_every_param(scan, tied):

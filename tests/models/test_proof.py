@@ -41,6 +41,7 @@ def not_a_number(query, *args, **options):
     return query * jnp.nan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [across_documents, not_a_number])
 def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "flash_interpreted", attention.Backend(broken))

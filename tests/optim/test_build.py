@@ -99,6 +99,7 @@ def test_stacked_layers_move_as_unstacked(name):
     close(stack(a), b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_muon_takes_the_matrices_of_blocks_and_no_others(scan):
     lm = toy(scan=scan)

@@ -40,6 +40,7 @@ def test_equals_optax(layers, monkeypatch):
     jax.tree.map(close, updates(scale_by_muon(0.9, 1e-8, layouts), trees), expected)
 
 
+@pytest.mark.slow
 def test_both_forms_agree_on_a_nearly_singular_matrix():
     left, _, right = jnp.linalg.svd(normal((64, 192), 0), full_matrices=False)
     matrix = ((left * jnp.logspace(0, -6, 64)[None]) @ right)[None]
@@ -47,6 +48,7 @@ def test_both_forms_agree_on_a_nearly_singular_matrix():
     np.testing.assert_allclose(muon._through_gram(scaled), muon._plainly(scaled), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_singular_values_are_near_one():
     values = jnp.linalg.svd(orthogonalize(normal((2, 96, 40), 1), 1e-8), compute_uv=False)
     assert 0.3 < values.min() < values.max() < 1.3
