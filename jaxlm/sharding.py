@@ -28,6 +28,7 @@ LOGICAL = {
     "vocabulary": "tensor",
     # of parameters only
     "embed": "fsdp",
+    "positions": None,
     "layers": None,
     "norm": None,
 }

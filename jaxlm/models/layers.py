@@ -4,7 +4,7 @@ Letters: B batch, L length, D width, H query heads, G key/value heads, K head wi
 a kernel takes and gives.
 
 Kernels are two-dimensional, [in, out], in the parameter dtype; activations and products are in the
-compute dtype; statistics of norms and rotary angles are float32.
+compute dtype; statistics of norms are float32.
 
 Every dense kernel reports a tap next to its output: (sum over tokens of mask·|y| [O], sum of
 mask []), float32, without gradient. Taps are returned, never stored on the module, so a program
@@ -24,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
-from jaxlm.models import cache
+from jaxlm.models import cache, rope
 from jaxlm.models.attention import attention
 from jaxlm.models.masks import Places
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
@@ -49,7 +49,7 @@ class Context(NamedTuple):
     mask_BL: jax.Array  # float32; 0 = padding
     segments_BL: jax.Array
     positions_BL: jax.Array
-    turns_BLK: tuple[jax.Array, jax.Array]  # cosine and sine, each [B, L, K/2] float32
+    turns_BLK: tuple[jax.Array, jax.Array] | None  # see `rope.turns`
     past: Places | None = None  # of what the blocks remember
 
 
@@ -58,39 +58,35 @@ def truncated_normal(variance: float, fan: Literal["fan_in", "fan_out"] = "fan_i
     return jax.nn.initializers.variance_scaling(variance, fan, "truncated_normal")
 
 
-def rope_turns(positions_BL, head_width: int, theta: float):
-    """Cosine and sine of each pair's angle at each position (RoPE, arXiv 2104.09864)."""
-    pairs_K = jnp.arange(head_width // 2, dtype=jnp.float32)
-    speed_K = theta ** (-2.0 * pairs_K / head_width)
-    angle_BLK = positions_BL.astype(jnp.float32)[:, :, None] * speed_K[None, None]
-    return jnp.cos(angle_BLK), jnp.sin(angle_BLK)
-
-
-def turn(x_BLHK, turns_BLK):
-    """Rotates the pairs (k, k + K/2) of each head: Hugging Face's pairing, not the paper's."""
-    cos_BL1K, sin_BL1K = (part_BLK[:, :, None, :] for part_BLK in turns_BLK)
-    left, right = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    turned = (left * cos_BL1K - right * sin_BL1K, right * cos_BL1K + left * sin_BL1K)
-    return jnp.concatenate(turned, axis=-1).astype(x_BLHK.dtype)
-
-
 def soft_cap(x, cap: float):
     """Squeezes x smoothly into ±cap; 0 = leaves it."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, in float32 inside (arXiv 1910.07467)."""
+class Norm(nnx.Module):
+    """A norm over the last axis, in float32 inside; one of `options.NORMS`.
+
+    RMSNorm is x / rms(x) · scale (arXiv 1910.07467); Gemma's stores its scale less one. LayerNorm
+    takes the mean away first and adds a bias (arXiv 1607.06450).
+    """
 
     def __init__(self, width: int, config: DecoderConfig):
-        self.scale = nnx.Param(jnp.ones(width, config.param_dtype))
-        self.eps = config.norm_eps
+        self.kind, self.eps = config.norm, config.norm_eps
+        one = jnp.zeros if self.kind == "rms_plus_one" else jnp.ones
+        self.scale = nnx.Param(one(width, config.param_dtype))
+        bias = self.kind == "layer"
+        self.bias = nnx.Param(jnp.zeros(width, config.param_dtype)) if bias else None
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
+        wide = lambda param: param[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        x32, scale = x.astype(jnp.float32), wide(self.scale)
+        if self.kind == "rms_plus_one":
+            scale = 1 + scale
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32 * inverse * scale).astype(x.dtype)
+        y = x32 * inverse * scale
+        return (y if self.bias is None else y + wide(self.bias)).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -115,7 +111,7 @@ class Dense(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention, with rotary positions unless others were added before.
 
     Returns the output, its taps, and the keys and values of the tokens. `past`: what the block
     remembers of the tokens before them.
@@ -123,14 +119,17 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         H, G, K, D = config.heads, config.kv_heads, config.head_width, config.width
-        bias = config.bias or config.qkv_bias
+        bias = config.bias or config.attention_bias
+        qkv_bias = bias or config.qkv_bias
         residual = 1 / (2 * config.layers)
-        self.query = Dense("query", D, H * K, config, rngs, bias=bias)
-        self.key = Dense("key", D, G * K, config, rngs, bias=bias)
-        self.value = Dense("value", D, G * K, config, rngs, bias=bias)
-        self.output = Dense("output", H * K, D, config, rngs, variance=residual, bias=config.bias)
-        self.query_norm = RMSNorm(K, config) if config.qk_norm else None
-        self.key_norm = RMSNorm(K, config) if config.qk_norm else None
+        self.query = Dense("query", D, H * K, config, rngs, bias=qkv_bias)
+        self.key = Dense("key", D, G * K, config, rngs, bias=qkv_bias)
+        self.value = Dense("value", D, G * K, config, rngs, bias=qkv_bias)
+        self.output = Dense("output", H * K, D, config, rngs, variance=residual, bias=bias)
+        widths = (H * K, G * K) if config.qk_norm_over == "width" else (K, K)
+        self.query_norm, self.key_norm = (
+            Norm(width, config) if config.qk_norm else None for width in widths
+        )
         self.config = config
 
     def __call__(self, x_BLD, context: Context, past: cache.Memory | None = None):
@@ -139,13 +138,9 @@ class SelfAttention(nnx.Module):
         query, query_tap = self.query(x_BLD, context.mask_BL)
         key, key_tap = self.key(x_BLD, context.mask_BL)
         value, value_tap = self.value(x_BLD, context.mask_BL)
-        query_BLHK = query.reshape(B, L, c.heads, c.head_width)
-        key_BLGK = key.reshape(B, L, c.kv_heads, c.head_width)
+        query_BLHK = self._placed(query, self.query_norm, context, c.query_scale)
+        key_BLGK = self._placed(key, self.key_norm, context)
         value_BLGK = value.reshape(B, L, c.kv_heads, c.head_width)
-        if self.query_norm is not None and self.key_norm is not None:
-            query_BLHK, key_BLGK = self.query_norm(query_BLHK), self.key_norm(key_BLGK)
-        query_BLHK = turn(query_BLHK, context.turns_BLK)
-        key_BLGK = turn(key_BLGK, context.turns_BLK)
         options = {"window": c.window, "soft_cap": c.attention_soft_cap}
         new = cache.remember(key_BLGK, value_BLGK)
         if past is None or context.past is None:
@@ -166,12 +161,23 @@ class SelfAttention(nnx.Module):
         taps = {"query": query_tap, "key": key_tap, "value": value_tap, "output": output_tap}
         return y_BLD, taps, new
 
+    def _placed(self, x_BLI, norm, context, scale=1.0):
+        """Heads of queries or keys: normed, scaled, and turned to where their tokens stand."""
+        heads = lambda x_BLI: x_BLI.reshape(*x_BLI.shape[:2], -1, self.config.head_width)
+        if norm is None:
+            x_BLHK = heads(x_BLI)
+        else:
+            over_heads = self.config.qk_norm_over == "head"
+            x_BLHK = norm(heads(x_BLI)) if over_heads else heads(norm(x_BLI))
+        x_BLHK = x_BLHK if scale == 1 else x_BLHK * jnp.asarray(scale, x_BLHK.dtype)
+        return rope.turn(x_BLHK, context.turns_BLK) if context.turns_BLK else x_BLHK
+
 
 class FeedForward(nnx.Module):
     """SwiGLU and its kin (arXiv 2002.05202), or the plain two-kernel form."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        D, F, bias = config.width, config.ffn_width, config.bias
+        D, F, bias = config.width, config.ffn_width, config.bias or config.mlp_bias
         self.nonlinearity, gated = ACTIVATIONS[config.activation]
         residual = 1 / (2 * config.layers)
         self.gate = Dense("gate", D, F, config, rngs, bias=bias) if gated else None

@@ -37,6 +37,12 @@ def visible_between(queries: Places, keys: Places, window: int) -> jax.Array:
     return seen_BLM & (distance_BLM < window) if window else seen_BLM
 
 
+def document_lengths(places: Places) -> jax.Array:
+    """Of the document that each token is in, counted from position 0, [B, L]."""
+    same_BLM = places.segments_BL[:, :, None] == places.segments_BL[:, None, :]
+    return 1 + jnp.max(jnp.where(same_BLM, places.positions_BL[:, None, :], 0), axis=2)
+
+
 def padding_last(segments_BL: jax.Array) -> jax.Array:
     """Segments with that of padding, 0, as the highest, so that they rise along a packed row."""
     return jnp.where(segments_BL == 0, PADDING, segments_BL)

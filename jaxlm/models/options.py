@@ -5,18 +5,23 @@ The fields of `DecoderConfig` are the keys of `config.model`.
 
 import dataclasses
 import difflib
+import functools
+import math
 from collections.abc import Iterable
 
 import jax
 
-from jaxlm.models import attention
+from jaxlm.models import attention, rope
 
 # Name of the feed-forward's form -> its nonlinearity, and whether a gate multiplies the up part.
 ACTIVATIONS = {
     "swiglu": (jax.nn.silu, True),
     "geglu": (jax.nn.gelu, True),  # the tanh form, as in Gemma
     "gelu": (jax.nn.gelu, False),
+    "gelu_exact": (functools.partial(jax.nn.gelu, approximate=False), False),  # GPT-NeoX
 }
+NORMS = ("rms", "rms_plus_one", "layer")  # see `layers.Norm`
+NORM_PLACES = ("before", "after", "both")  # of what attention and feed-forward read and write
 
 _policies = jax.checkpoint_policies
 
@@ -56,14 +61,24 @@ class DecoderConfig:
     ffn_width: int = 0  # 0 = 8/3 · width rounded up to 64 with a gate, else 4 · width
     activation: str = "swiglu"  # a name of ACTIVATIONS
     qkv_bias: bool = False  # on query, key and value only (Qwen 2)
+    attention_bias: bool = False  # on all four kernels of attention
+    mlp_bias: bool = False
     bias: bool = False  # on every kernel but the head's
     tied: bool = True  # the head is the embedding table
-    qk_norm: bool = False  # normalises queries and keys head by head (Qwen 3)
+    qk_norm: bool = False  # normalises queries and keys (Qwen 3)
+    qk_norm_over: str = "head"  # head by head, or "width": all heads of a token at once (OLMo 2)
     window: int = 0  # positions a query sees, itself included; 0 = all before it
+    attention_scale: float = 0.0  # of query · key; 0 = 1/sqrt(head_width)
     attention_soft_cap: float = 0.0  # scores through c·tanh(s/c); 0 = off
     logit_soft_cap: float = 0.0
     parallel_residual: bool = False  # attention and feed-forward read the same input (GPT-NeoX)
+    learned_positions: int = 0  # a table of so many, added to the embedding; 0 = rotary ones
     rope_theta: float = 10000.0
+    rope_scaling: str = ""  # for longer contexts, such as "linear factor=2"; see `rope`
+    rotary_fraction: float = 1.0  # of the units of a head that positions turn (GPT-NeoX)
+    embedding_scale: float = 1.0  # multiplies the token's embedding (Gemma: sqrt(width))
+    norm: str = "rms"  # a name of NORMS
+    norm_place: str = "before"  # a name of NORM_PLACES
     norm_eps: float = 1e-6
     init_scale: float = 1.0  # multiplies the standard deviation of every initial kernel
     dtype: str = "float32"  # of activations and products; norms, softmax, logits stay float32
@@ -73,6 +88,16 @@ class DecoderConfig:
     remat: str = "none"  # a name of REMAT
     attention: str = "auto"  # a name of attention.BACKENDS, or auto
     loss_chunk: int = 0  # tokens of a device whose logits exist at one time; 0 = all
+
+    @property
+    def rotary_width(self) -> int:
+        """Units of a head that positions turn; of a resolved config."""
+        return 0 if self.learned_positions else int(self.head_width * self.rotary_fraction)
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, next to the 1/sqrt(head_width) of attention."""
+        return self.attention_scale * math.sqrt(self.head_width) if self.attention_scale else 1.0
 
 
 def resolve(
@@ -88,6 +113,10 @@ def resolve(
     known("param_dtype", config.param_dtype, DTYPES)
     known("quantize", config.quantize, QUANTIZE)
     known("scan_layers", config.scan_layers, ("auto", "on", "off"))
+    known("norm", config.norm, NORMS)
+    known("norm_place", config.norm_place, NORM_PLACES)
+    known("qk_norm_over", config.qk_norm_over, ("head", "width"))
+    rope.parse(config.rope_scaling)
     _refuse_signs(config)
     _refuse_heads(config)
     gated = ACTIVATIONS[config.activation][1]
@@ -102,7 +131,7 @@ def resolve(
         dtype=config.dtype,
         head_width=head_width,
     )
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         config,
         kv_heads=config.kv_heads or config.heads,
         head_width=head_width,
@@ -110,6 +139,8 @@ def resolve(
         scan_layers=scan if config.scan_layers == "auto" else config.scan_layers,
         attention=attention.resolve(config.attention, platform, needs),
     )
+    _refuse_rotary(resolved)
+    return resolved
 
 
 def known(key: str, value: str, names: Iterable[str]) -> None:
@@ -131,22 +162,28 @@ def _refuse_signs(config):
                 f"config.model.{key} is {getattr(config, key)} and has to be at least 1"
                 + (": set it to the size of the tokenizer." if key == "vocabulary" else ".")
             )
-    for key in ("kv_heads", "head_width", "ffn_width", "window", "loss_chunk"):
+    for key in ("kv_heads", "head_width", "ffn_width", "window", "loss_chunk", "learned_positions"):
         if getattr(config, key) < 0:
             raise ValueError(
                 f"config.model.{key} is {getattr(config, key)} and cannot be negative; "
                 "0 stands for its default."
             )
-    for key in ("attention_soft_cap", "logit_soft_cap"):
+    for key in ("attention_soft_cap", "logit_soft_cap", "attention_scale"):
         if getattr(config, key) < 0:
             raise ValueError(
-                f"config.model.{key} is {getattr(config, key)} and cannot be negative; 0 = off."
+                f"config.model.{key} is {getattr(config, key)} and cannot be negative; 0 = "
+                + ("1/sqrt(head_width)." if key == "attention_scale" else "off.")
             )
-    for key in ("rope_theta", "norm_eps", "init_scale"):
+    for key in ("rope_theta", "rotary_fraction", "embedding_scale", "norm_eps", "init_scale"):
         if not getattr(config, key) > 0:
             raise ValueError(
                 f"config.model.{key} is {getattr(config, key)} and has to be greater than 0."
             )
+    if config.rotary_fraction > 1:
+        raise ValueError(
+            f"config.model.rotary_fraction is {config.rotary_fraction}, and cannot be above 1: it "
+            "is a share of the units of a head."
+        )
 
 
 def _refuse_heads(config):
@@ -161,8 +198,25 @@ def _refuse_heads(config):
             f"config.model.width is {config.width}, which config.model.heads = {heads} does not "
             "divide; change one of them or set config.model.head_width."
         )
-    if (config.head_width or config.width // heads) % 2:
+
+
+def _refuse_rotary(config):
+    """Of a resolved config."""
+    width, head_width = config.rotary_width, config.head_width
+    if not config.learned_positions and (width % 2 or width == 0):
+        part = "" if width == head_width else f", and of them only {width}"
         raise ValueError(
-            f"config.model.head_width is {config.head_width or config.width // heads}, but rotary "
-            "positions turn pairs of units, so it has to be even; set config.model.head_width."
+            f"config.model.head_width is {head_width}{part}, but rotary positions turn pairs of "
+            "units, so it has to be even; set config.model.head_width or rotary_fraction."
+        )
+    scaling, _ = rope.parse(config.rope_scaling)
+    if scaling and config.learned_positions:
+        raise ValueError(
+            f"config.model.rope_scaling is {config.rope_scaling!r}, but there are no rotary "
+            f"positions with config.model.learned_positions = {config.learned_positions}."
+        )
+    if scaling == "dynamic" and width == 2:
+        raise ValueError(
+            f"config.model.rope_scaling is {config.rope_scaling!r}, but of a head only 2 units "
+            "are turned, which leaves nothing to scale."
         )

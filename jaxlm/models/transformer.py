@@ -1,10 +1,11 @@
-"""A decoder for the Llama family: pure functions outside, Flax NNX modules inside.
+"""One decoder for many families: pure functions outside, Flax NNX modules inside.
 
 Letters: B batch, L length, D width, V vocabulary.
 
 Params are a plain dict:
-  embed/table [V, D]
-  blocks/…/attention_norm, attention/{query, key, value, output}, mlp_norm, mlp/{gate, up, down}
+  embed/table [V, D], embed/positions [N, D] where positions are learned
+  blocks/…/attention_norm, attention/{query, key, value, output}, attention_post_norm, and the same
+  of mlp/{gate, up, down}
   final_norm/scale, head/kernel [D, V] unless tied
 Scanned, each leaf of `blocks` has a leading layer axis; else there is one dict per layer, named
 "0", "1", ... . The numbers are the same: `stack_layers` and `unstack_layers` go between the two.
@@ -24,8 +25,8 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, cache, layers, lookup
-from jaxlm.models.masks import Places
+from jaxlm.models import attention_ring, cache, layers, lookup, rope
+from jaxlm.models.masks import Places, document_lengths
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 from jaxlm.models.products import float32_product
 
@@ -35,39 +36,62 @@ __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers"
 class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(·)): of the sum, or of x when parallel.
 
-    Returns it with its taps, and with what is to be remembered of it (`cache`).
+    Norms stand before both parts, after them, or on both sides. Returns it with its taps, and with
+    what is to be remembered of it (`cache`).
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm = layers.RMSNorm(config.width, config)
+        before, after = (config.norm_place in (side, "both") for side in ("before", "after"))
+        norm = lambda here: layers.Norm(config.width, config) if here else None
+        self.attention_norm = norm(before)
         self.attention = layers.SelfAttention(config, rngs)
-        self.mlp_norm = layers.RMSNorm(config.width, config)
+        self.attention_post_norm = norm(after)
+        self.mlp_norm = norm(before)
         self.mlp = layers.FeedForward(config, rngs)
+        self.mlp_post_norm = norm(after)
         self.parallel = config.parallel_residual
 
     def __call__(self, x_BLD, context: layers.Context, past: cache.Memory | None = None):
         with jax.named_scope("attention"):
-            mixed_BLD, attention_taps, new = self.attention(
-                self.attention_norm(x_BLD), context, past
-            )
-        between_BLD = x_BLD + mixed_BLD
-        mlp_input_BLD = self.mlp_norm(x_BLD if self.parallel else between_BLD)
+            input_BLD = _normed(self.attention_norm, x_BLD)
+            mixed_BLD, attention_taps, new = self.attention(input_BLD, context, past)
+        between_BLD = x_BLD + _normed(self.attention_post_norm, mixed_BLD)
+        mlp_input_BLD = _normed(self.mlp_norm, x_BLD if self.parallel else between_BLD)
         with jax.named_scope("mlp"):
             fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
-        return between_BLD + fed_BLD, {"attention": attention_taps, "mlp": mlp_taps}, new
+        y_BLD = between_BLD + _normed(self.mlp_post_norm, fed_BLD)
+        return y_BLD, {"attention": attention_taps, "mlp": mlp_taps}, new
+
+
+def _normed(norm, x):
+    return x if norm is None else norm(x)
 
 
 class Embedding(nnx.Module):
-    """A vector per token, and a tied head's logits."""
+    """A vector per token, learned positions if there are such, and a tied head's logits."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         draw = layers.truncated_normal(config.init_scale**2 / 4, "fan_out")
         shape = config.vocabulary, config.width
         self.table = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
-        self.dtype = config.dtype
+        places = config.learned_positions, config.width
+        learned = lambda: nnx.Param(draw(rngs.params(), places, config.param_dtype))
+        self.positions = learned() if config.learned_positions else None
+        self.scale, self.dtype = config.embedding_scale, config.dtype
 
-    def __call__(self, tokens_BL):
-        return lookup.rows(self.table[...], tokens_BL, self.dtype)
+    def __call__(self, tokens_BL, positions_BL):
+        x_BLD = lookup.rows(self.table[...], tokens_BL, self.dtype)
+        if self.scale != 1:
+            x_BLD = x_BLD * jnp.asarray(self.scale, self.dtype)  # rounded to it first, as in Gemma
+        if self.positions is None:
+            return x_BLD
+        table_ND = layers.gathered(self.positions, self.dtype, "positions", "embed")
+        if tokens_BL.shape[1] > len(table_ND):
+            raise ValueError(
+                f"rows of {tokens_BL.shape[1]} tokens do not fit config.model.learned_positions = "
+                f"{len(table_ND)}: the model knows no positions beyond."
+            )
+        return x_BLD + sharding.take_rows(table_ND, positions_BL, "batch", "length", "width")
 
     def logits(self):
         """hidden -> logits; gathers the table first."""
@@ -95,7 +119,7 @@ class Ends(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embed = Embedding(config, rngs)
-        self.final_norm = layers.RMSNorm(config.width, config)
+        self.final_norm = layers.Norm(config.width, config)
         self.head = None if config.tied else Head(config, rngs)
 
 
@@ -128,7 +152,7 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
             return sharding.constrain(x_BLD, "batch", "length", "width"), taps
 
         with jax.named_scope("embedding"):
-            x_BLD = ends.embed(batch["tokens"])
+            x_BLD = ends.embed(batch["tokens"], batch["positions"])
         block = rematerialized(block, config)
         x_BLD, taps = _through(block, x_BLD, scanned, params["blocks"])
         x_BLD = ends.final_norm(x_BLD)
@@ -143,7 +167,8 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
             return sharding.constrain(x_BLD, "batch", "length", "width"), new
 
         parts = [params["blocks"], *([past.blocks] if past else [])]
-        x_BLD, new = _through(block, ends.embed(batch["tokens"]), scanned, *parts)
+        x_BLD = ends.embed(batch["tokens"], batch["positions"])
+        x_BLD, new = _through(block, x_BLD, scanned, *parts)
         return ends.final_norm(x_BLD), (new, Places(batch["segments"], batch["positions"]))
 
     def begin(params, batch, length):
@@ -207,17 +232,12 @@ def unstack_layers(params: Params) -> Params:
 
 def parameter_count_by_part(params: Any) -> dict[str, int]:
     """Parameters of the embedding, attention, mlp, norms and head, from params or their shapes."""
-    parts = {  # the first of these names that a path has
-        "scale": "norms",
-        "embed": "embedding",
-        "attention": "attention",
-        "mlp": "mlp",
-        "head": "head",
-    }
-    counts = dict.fromkeys(parts.values(), 0)
+    parts = {"embed": "embedding", "attention": "attention", "mlp": "mlp", "head": "head"}
+    counts = dict.fromkeys((*parts.values(), "norms"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = _names(path)
-        part = next(part for name, part in parts.items() if name in names)
+        of_norm = any(name.endswith("norm") for name in names)
+        part = "norms" if of_norm else next(parts[name] for name in names if name in parts)
         counts[part] += math.prod(leaf.shape)
     return counts
 
@@ -228,8 +248,23 @@ def _context(config, batch, past=None):
         mask_BL=(batch["segments"] > 0).astype(jnp.float32),
         segments_BL=batch["segments"],
         positions_BL=batch["positions"],
-        turns_BLK=layers.rope_turns(batch["positions"], config.head_width, config.rope_theta),
+        turns_BLK=_turns(config, batch) if config.rotary_width else None,
         past=past,
+    )
+
+
+def _turns(config, batch):
+    """How positions turn queries and keys."""
+    places = Places(batch["segments"], batch["positions"])
+    lengths_BL = None
+    if config.rope_scaling.startswith("dynamic"):
+        lengths_BL = document_lengths(places)
+    return rope.turns(
+        places.positions_BL,
+        config.rotary_width,
+        config.rope_theta,
+        config.rope_scaling,
+        lengths_BL,
     )
 
 
@@ -249,10 +284,13 @@ def _through(block, x, scanned, *parts):
 def _axes(path, scanned):
     """Logical axes of the param at a path."""
     *parents, kind = _names(path)
-    if kind == "table":
-        return "vocabulary", "embed"
-    axes = ("norm",) if kind == "scale" else layers.KERNEL_AXES[parents[-1]]
-    axes = axes[1:] if kind == "bias" else axes
+    if parents[0] == "embed":
+        return "vocabulary" if kind == "table" else "positions", "embed"
+    if parents[-1].endswith("norm"):
+        axes = ("norm",)
+    else:
+        axes = layers.KERNEL_AXES[parents[-1]]
+        axes = axes[1:] if kind == "bias" else axes
     return ("layers", *axes) if scanned and parents[0] == "blocks" else axes
 
 

@@ -83,9 +83,9 @@ def build(spec: OptimizerSpec, steps: int, axes: Any):
 
 def is_matrix(names: tuple) -> bool:
     """Whether Muon takes a parameter with these logical axes: a matrix, one a layer if stacked,
-    that is neither embedding nor head."""
+    that is neither embedding (of tokens or positions) nor head."""
     names = names[1:] if names[:1] == ("layers",) else names
-    return len(names) == 2 and "vocabulary" not in names
+    return len(names) == 2 and not {"vocabulary", "positions"} & set(names)
 
 
 def clip(limit: float) -> optax.GradientTransformation:

@@ -1,8 +1,10 @@
-"""The Llama block once more, in float64 and loops: what the decoder is held against.
+"""The block once more, in float64 and loops: what the decoder is held against.
 
 Written from the papers and sharing no line with `jaxlm.models`. It reads one document at a time,
 so packing and padding cannot go wrong here.
 """
+
+import math
 
 import numpy as np
 
@@ -10,47 +12,45 @@ import numpy as np
 def llama(params, tokens, config):
     """Logits [L, V] of one document, and the sum over its tokens of |y| of each dense kernel."""
     p = _float64(params)
-    x = p["embed"]["table"][tokens]
+    x = p["embed"]["table"][tokens] * config.embedding_scale
+    if config.learned_positions:
+        x = x + p["embed"]["positions"][: len(x)]
     taps = {}
     for name, block in p["blocks"].items():
         taps[name] = {"attention": {}, "mlp": {}}
+        normed = lambda x, norm: _norm(x, block[norm], config) if norm in block else x  # noqa: B023
         attended = _attention(
-            block["attention"],
-            _rms_norm(x, block["attention_norm"], config.norm_eps),
-            config,
-            taps[name]["attention"],
+            block["attention"], normed(x, "attention_norm"), config, taps[name]["attention"]
         )
+        attended = normed(attended, "attention_post_norm")
         source = x if config.parallel_residual else x + attended
-        fed = _feed_forward(
-            block["mlp"],
-            _rms_norm(source, block["mlp_norm"], config.norm_eps),
-            config,
-            taps[name]["mlp"],
-        )
-        x = x + attended + fed
-    x = _rms_norm(x, p["final_norm"], config.norm_eps)
+        fed = _feed_forward(block["mlp"], normed(source, "mlp_norm"), config, taps[name]["mlp"])
+        x = x + attended + normed(fed, "mlp_post_norm")
+    x = _norm(x, p["final_norm"], config)
     logits = x @ (p["embed"]["table"].T if config.tied else p["head"]["kernel"])
     return _capped(logits, config.logit_soft_cap), {"blocks": taps}
 
 
 def _attention(p, x, config, taps):
     heads, kv_heads = config.heads, config.kv_heads or config.heads
-    width = config.head_width or config.width // heads
+    width = config.head_width or config.width // config.heads
     query, key, value = (_dense(p, name, x, taps) for name in ("query", "key", "value"))
+    if config.qk_norm and config.qk_norm_over == "width":
+        query, key = (_norm(y, p[f"{n}_norm"], config) for n, y in (("query", query), ("key", key)))
     outputs = []
     for head in range(heads):
         group = head // (heads // kv_heads)
         q = query[:, head * width : (head + 1) * width]
         k = key[:, group * width : (group + 1) * width]
         v = value[:, group * width : (group + 1) * width]
-        if config.qk_norm:
-            q = _rms_norm(q, p["query_norm"], config.norm_eps)
-            k = _rms_norm(k, p["key_norm"], config.norm_eps)
-        q, k = _rotated(q, config.rope_theta), _rotated(k, config.rope_theta)
+        if config.qk_norm and config.qk_norm_over == "head":
+            q, k = _norm(q, p["query_norm"], config), _norm(k, p["key_norm"], config)
+        if not config.learned_positions:
+            q, k = _rotated(q, config), _rotated(k, config)
         out = np.zeros_like(v)
         for t in range(len(x)):
             first = max(0, t + 1 - config.window) if config.window else 0
-            scores = k[first : t + 1] @ q[t] / np.sqrt(width)
+            scores = k[first : t + 1] @ q[t] * (config.attention_scale or width**-0.5)
             scores = np.exp(_capped(scores, config.attention_soft_cap))
             out[t] = scores / scores.sum() @ v[first : t + 1]
         outputs.append(out)
@@ -59,8 +59,8 @@ def _attention(p, x, config, taps):
 
 def _feed_forward(p, x, config, taps):
     up = _dense(p, "up", x, taps)
-    if config.activation == "gelu":
-        return _dense(p, "down", _gelu(up), taps)
+    if config.activation in ("gelu", "gelu_exact"):
+        return _dense(p, "down", _gelu(up, config.activation == "gelu_exact"), taps)
     gate = _dense(p, "gate", x, taps)
     gate = gate / (1 + np.exp(-gate)) if config.activation == "swiglu" else _gelu(gate)
     return _dense(p, "down", gate * up, taps)
@@ -72,20 +72,63 @@ def _dense(p, name, x, taps):
     return y
 
 
-def _rms_norm(x, p, eps):
-    return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + eps) * p["scale"]
+def _norm(x, p, config):
+    if config.norm == "layer":
+        x = x - x.mean(axis=1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + config.norm_eps)
+    return x * (p["scale"] + (config.norm == "rms_plus_one")) + p.get("bias", 0.0)
 
 
-def _rotated(x, theta):
-    """Units k and k + K/2 as the complex number that position t turns by t · theta^(-2k/K)."""
-    half = x.shape[1] // 2
-    pairs = x[:, :half] + 1j * x[:, half:]
-    speed = theta ** (-np.arange(half) / half)
-    pairs = pairs * np.exp(1j * np.outer(np.arange(len(x)), speed))
-    return np.concatenate([pairs.real, pairs.imag], axis=1)
+def _rotated(x, config):
+    """Units k and k + R/2 as the complex number that position t turns by t · speed of the pair.
+
+    R is the part of a head that turns at all.
+    """
+    half = round(x.shape[1] * config.rotary_fraction) // 2
+    pairs = x[:, :half] + 1j * x[:, half : 2 * half]
+    speed, factor = speeds(half, config, length=len(x))
+    pairs = factor * pairs * np.exp(1j * np.outer(np.arange(len(x)), speed))
+    return np.concatenate([pairs.real, pairs.imag, x[:, 2 * half :]], axis=1)
 
 
-def _gelu(x):
+def speeds(half, config, length):
+    """The angle per position of each pair in a text of that length, and what lengthens them."""
+    kind, *settings = config.rope_scaling.split() or [""]
+    c = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
+    theta = config.rope_theta
+    if kind == "dynamic" and length > c["length"]:
+        stretch = c["factor"] * length / c["length"] - (c["factor"] - 1)
+        theta *= stretch ** (half / (half - 1))
+    speed = np.array([theta ** (-i / half) for i in range(half)])
+    if kind == "linear":
+        return speed / c["factor"], 1.0
+    if kind == "llama3":
+        scaled = []
+        for s in speed:
+            turns = c["length"] * s / (2 * math.pi)
+            if turns < c["low"]:
+                scaled.append(s / c["factor"])
+            elif turns > c["high"]:
+                scaled.append(s)
+            else:
+                smooth = (turns - c["low"]) / (c["high"] - c["low"])
+                scaled.append((1 - smooth) * s / c["factor"] + smooth * s)
+        return np.array(scaled), 1.0
+    if kind == "yarn":
+        index = lambda turns: (
+            half * math.log(c["length"] / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+        )
+        low = max(math.floor(index(c.get("fast", 32))), 0)
+        high = min(math.ceil(index(c.get("slow", 1))), 2 * half - 1)
+        ramp = np.clip((np.arange(half) - low) / (high - low), 0, 1)
+        factor = c.get("attention") or 0.1 * math.log(c["factor"]) + 1
+        return speed / c["factor"] * ramp + speed * (1 - ramp), factor
+    return speed, 1.0
+
+
+def _gelu(x, exact=False):
+    if exact:
+        return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 

@@ -13,6 +13,10 @@ FAMILIES = {
     "llama": {},
     "multi-head": {"kv_heads": 0, "tied": False},
     "multi-query": {"kv_heads": 1, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "llama 3.1": {"rope_theta": 50.0, "rope_scaling": "llama3 factor=8 length=16 low=1 high=2"},
+    "linear": {"rope_scaling": "linear factor=2.5", "mlp_bias": True},
+    "yarn": {"rope_theta": 9.0, "rope_scaling": "yarn factor=4 length=8 fast=2 slow=0.5"},
+    "dynamic": {"rope_scaling": "dynamic factor=2 length=5", "attention_bias": True},
     "qwen 2": {"qkv_bias": True},
     "qwen 3": {"qk_norm": True, "head_width": 12},
     "gemma 2": {
@@ -20,8 +24,21 @@ FAMILIES = {
         "attention_soft_cap": 2.0,
         "logit_soft_cap": 3.0,
         "window": 3,
+        "attention_scale": 0.25,
+        "embedding_scale": 32**0.5,
+        "norm": "rms_plus_one",
+        "norm_place": "both",
     },
-    "gpt-neox": {"activation": "gelu", "bias": True, "parallel_residual": True, "tied": False},
+    "olmo 2": {"qk_norm": True, "qk_norm_over": "width", "norm_place": "after", "tied": False},
+    "gpt-neox": {
+        "activation": "gelu_exact",
+        "norm": "layer",
+        "bias": True,
+        "parallel_residual": True,
+        "rotary_fraction": 0.5,
+        "tied": False,
+    },
+    "gpt-2": {"activation": "gelu", "norm": "layer", "bias": True, "learned_positions": 12},
 }
 
 every_backend = pytest.mark.parametrize("backend", ["cpu_blocks", "xla"])
@@ -135,19 +152,6 @@ def test_only_distances_count(backend):
 
 
 @pytest.mark.slow
-def test_rotary_products_depend_on_the_distance_alone():
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-
-    def score(i, j):
-        turn = lambda x, at: layers.turn(x, layers.rope_turns(jnp.array([[at]]), 8, 100.0))
-        return float(jnp.sum(turn(query, i) * turn(key, j)))
-
-    close(score(9, 4), score(105, 100))
-    close(score(0, 0), float(jnp.sum(query * key)))
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
-
-
-@pytest.mark.slow
 def test_soft_caps_by_hand():
     _, params, plain = build(toy())
     _, _, capped = build(toy(logit_soft_cap=0.5))
@@ -166,3 +170,29 @@ def test_a_tied_head_is_the_table():
     assert params["head"]["kernel"].shape == (32, 61)
     same = {**tied_params, "head": {"kernel": tied_params["embed"]["table"].T}}
     close(untied(same, two_rows()), tied(tied_params, two_rows()), 1e-6)
+
+
+def test_a_row_longer_than_the_table_of_positions_is_refused():
+    lm, params, _ = build(toy(learned_positions=8))
+    with pytest.raises(ValueError, match=r"12 tokens do not fit .*learned_positions = 8"):
+        jax.eval_shape(lm.hidden, params, two_rows())
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms_plus_one", "layer"])
+def test_norms_start_as_the_same_and_forget_the_scale_of_what_they_read(norm):
+    x = jnp.array([[[1.0, 2.0, 3.0, 6.0]]])
+    norm = layers.Norm(4, toy(norm=norm, norm_eps=1e-12))
+    centred = x - x.mean() if norm.kind == "layer" else x
+    close(norm(x), centred / jnp.sqrt(jnp.mean(centred**2)), 1e-6)
+    close(norm(1000 * x), norm(x), 1e-6)
+    unmoved = bool(np.abs(norm(x + 5) - norm(x)).max() < 1e-5)
+    assert unmoved == (norm.kind == "layer")
+
+
+def test_scales_by_hand():
+    _, params, plain = build(toy())
+    _, _, scaled = build(toy(attention_scale=8**-0.5, embedding_scale=1.0))
+    close(scaled(params, two_rows()), plain(params, two_rows()), 1e-5)
+    _, _, doubled = build(toy(embedding_scale=2.0))
+    twice = {**params, "embed": {"table": 2 * params["embed"]["table"]}}
+    close(doubled(params, two_rows()), plain(twice, two_rows()) / 2, 1e-5)

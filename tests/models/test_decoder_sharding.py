@@ -15,11 +15,15 @@ def rows():
     return pack(*([document(4, i), document(10, i + 9)] for i in range(4)), length=16)
 
 
+GPT_2 = {"norm": "layer", "learned_positions": 16}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", ["on", "off"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_axes_name_every_axis_of_every_param(scan, tied):
-    lm, params, _ = build(toy(scan_layers=scan, tied=tied, qk_norm=True, bias=True))
+@pytest.mark.parametrize("other", [{}, {**GPT_2, "norm_place": "both"}], ids=["llama", "other"])
+def test_axes_name_every_axis_of_every_param(scan, tied, other):
+    lm, params, _ = build(toy(scan_layers=scan, tied=tied, qk_norm=True, bias=True, **other))
     is_axes = lambda x: isinstance(x, tuple)
     assert jax.tree.structure(lm.axes, is_leaf=is_axes) == jax.tree.structure(params)
     for names, leaf in zip(
@@ -27,6 +31,9 @@ def test_axes_name_every_axis_of_every_param(scan, tied):
     ):
         assert len(names) == leaf.ndim
         assert set(names) <= sharding.LOGICAL.keys()
+    norms = jax.tree.leaves([lm.axes["final_norm"], lm.axes["blocks"].get("mlp_norm", {})])
+    assert "norm" in norms
+    assert not {"embed", "heads", "ffn"} & set(norms)
     assert ("layers" in lm.axes["blocks"].get("mlp_norm", {}).get("scale", ())) == (scan == "on")
 
 
@@ -57,6 +64,10 @@ def test_eight_devices_equal_one(spec, scan, explicit):
     # Of the two that take whole rows, only the plain one lets the types say where products lie.
     backend = "xla" if explicit and spec.sequence == 1 else "auto"
     config = toy(scan_layers=scan, attention=backend, **OPTIONS)
+    assert_eight_equal_one(config, spec, explicit)
+
+
+def assert_eight_equal_one(config, spec, explicit):
     lm, params, _ = build(config, spec.sequence)
     params = shaken(params)
     gradient = lambda params, batch: jax.value_and_grad(loss_of(lm), has_aux=True)(params, batch)
@@ -97,6 +108,12 @@ def test_kv_heads_and_vocabulary_need_not_divide_by_the_mesh():
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_other_positions_and_norms_on_eight_devices():
+    config = toy(**OPTIONS, **GPT_2, norm_place="both", qk_norm_over="width")
+    assert_eight_equal_one(config, TENSOR, explicit=False)
+
+
 def test_parameters_are_counted_by_part():
     _, params, _ = build(toy(tied=False, bias=True, qk_norm=True))
     assert parameter_count_by_part(params) == {
@@ -106,3 +123,7 @@ def test_parameters_are_counted_by_part():
         "norms": 2 * (32 + 32 + 8 + 8) + 32,
         "head": 32 * 61,
     }
+    _, params, _ = build(toy(**GPT_2, norm_place="both"))
+    counts = parameter_count_by_part(params)
+    assert counts["norms"] == 2 * 4 * (32 + 32) + 32 + 32
+    assert counts["embedding"] == 61 * 32 + 16 * 32

@@ -28,6 +28,20 @@ REFUSED = [
     ({"layers": 0}, ["config.model.layers is 0", "at least 1"]),
     ({"rope_theta": 0.0}, ["config.model.rope_theta", "greater than 0"]),
     ({"init_scale": float("nan")}, ["config.model.init_scale"]),
+    ({"norm": "rsm"}, ["config.model.norm is 'rsm'", "did you mean 'rms'"]),
+    ({"norm_place": "pre"}, ["config.model.norm_place", "'before'"]),
+    ({"qk_norm_over": "heads"}, ["config.model.qk_norm_over", "did you mean 'head'"]),
+    ({"rotary_fraction": 1.5}, ["config.model.rotary_fraction is 1.5", "above 1"]),
+    ({"rotary_fraction": 0.4}, ["head_width is 8, and of them only 3", "rotary_fraction"]),
+    ({"attention_scale": -1.0}, ["config.model.attention_scale", "1/sqrt(head_width)"]),
+    (
+        {"learned_positions": 9, "rope_scaling": "linear factor=2"},
+        ["config.model.rope_scaling", "learned_positions = 9"],
+    ),
+    (
+        {"head_width": 2, "rope_scaling": "dynamic factor=2 length=8"},
+        ["config.model.rope_scaling", "only 2 units"],
+    ),
 ]
 
 

@@ -44,6 +44,12 @@ def close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
+def test_muon_takes_kernels_of_blocks_only():
+    matrices = [("embed", "heads"), ("layers", "ffn", "embed")]
+    others = [("norm",), ("layers", "norm"), ("embed", "vocabulary"), ("positions", "embed")]
+    assert [is_matrix(names) for names in matrices + others] == [True] * 2 + [False] * 4
+
+
 def test_adamw_is_optax_adamw_with_its_mask():
     lm = toy()
     params = lm.init(jax.random.key(0))
