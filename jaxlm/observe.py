@@ -173,7 +173,7 @@ class Observer:
     def _compress(self):
         """Fills in the compressors' figures, from the cache if they are there."""
         with contextlib.suppress(OSError, AttributeError):  # Linux: of this thread alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         name = f"{self.prepared.hash[:24]}-{self.built.run.eval.characters}-2.json"
         path = cache_dir() / "compressors" / name
         try:
