@@ -23,10 +23,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+QUICK = ("[next_token]", "[next_token + learnability]", "[dpo + follow + migu]")
+
+
 def pytest_collection_modifyitems(items):
-    """The battery's entries with a real decoder take their time in compiling."""
+    """The battery takes its time in compiling: these entries stand for it among the fast tests."""
     for item in items:
-        if "test_battery" in item.nodeid and ", decoder]" in item.nodeid:
+        if "test_battery" in item.nodeid and not item.nodeid.endswith(QUICK):
             item.add_marker(pytest.mark.slow)
 
 

@@ -26,9 +26,12 @@ from jaxlm.contract import Method, compose
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.ema import ema
 from jaxlm.methods.follow import follow
+from jaxlm.methods.kto import kto
 from jaxlm.methods.learnability import learnability
 from jaxlm.methods.migu import migu
 from jaxlm.methods.next_token import next_token
+from jaxlm.methods.orpo import orpo
+from jaxlm.methods.simpo import simpo
 from jaxlm.models.transformer import DecoderConfig, decoder, stack_layers, unstack_layers
 from jaxlm.sharding import MeshSpec, batch_sharding, make_mesh, param_shardings
 from jaxlm.step import init_state, make_between, make_step
@@ -58,6 +61,10 @@ ENTRIES = {
     "next_token muon": Entry((next_token,), optimizer="muon"),
     "dpo": Entry((dpo,), toy.pairs),
     "dpo + follow": Entry((dpo, often), toy.pairs, optimizer="muon"),
+    "ipo": Entry((functools.partial(dpo, loss="ipo", initial=True),), toy.pairs),
+    "kto + follow": Entry((kto, often), toy.feedback),
+    "orpo": Entry((orpo,), toy.pairs),
+    "simpo": Entry((simpo,), toy.pairs),
     "next_token + migu": Entry((next_token, migu)),
     "next_token + learnability": Entry((next_token, half)),
     "dpo + follow + migu": Entry((dpo, often, migu), toy.pairs),
@@ -207,7 +214,8 @@ def test_compiles_once(name):
 @pytest.mark.slow
 @every_entry
 def test_stacked_layers_and_accumulation_change_nothing(name):
-    same(outcome(name), outcome(name, scan=True, accumulate=4))
+    accumulate = 4 if ENTRIES[name].method.separable else 1
+    same(outcome(name), outcome(name, scan=True, accumulate=accumulate))
 
 
 @pytest.mark.slow
@@ -260,7 +268,7 @@ def test_no_type_is_promoted_silently(name):
         )
 
 
-@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if dpo in e.parts])
+@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "reference" in e.method.extras])
 def test_extras_get_no_gradient(name):
     of = training(name)
     state, rows = of.start(), of.batches()[0]

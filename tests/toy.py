@@ -131,6 +131,13 @@ def pairs(number: int = 8, length: int = 12, vocabulary: int = 32, seed: int = 0
     )
 
 
+def feedback(number: int = 8, **options):
+    """Responses that were liked or not, each with one that answers another prompt."""
+    return pairs(number, **options) | _arrays(
+        desirable=(np.arange(number) % 3 < 2).astype(np.float32)
+    )
+
+
 def _arrays(**fields):
     as_int = lambda x: x if x.dtype == np.float32 else x.astype(np.int32)
     return {name: jnp.asarray(as_int(x)) for name, x in fields.items()}

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from jaxlm.contract import Method
-from jaxlm.methods import dpo, ema, follow, learnability, migu, next_token
+from jaxlm.methods import dpo, ema, follow, kto, learnability, migu, next_token, orpo, simpo
 
 METHODS: dict[str, Callable[..., Method]] = {
     "next_token": next_token.next_token,
     "dpo": dpo.dpo,
+    "kto": kto.kto,
+    "orpo": orpo.orpo,
+    "simpo": simpo.simpo,
     "follow": follow.follow,
     "migu": migu.migu,
     "learnability": learnability.learnability,

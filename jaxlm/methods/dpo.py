@@ -1,58 +1,102 @@
-"""Direct preference optimisation (https://arxiv.org/abs/2305.18290, equation 7).
+"""Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its variants by loss.
 
-    z = beta · [(log p - log p_ref)(chosen) - (log p - log p_ref)(rejected)]
-    loss = -log sigmoid(z)
+    h = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected),   z = beta · h
+
+sigmoid  -log σ(z) (equation 7); with `label_smoothing` ε  -(1-ε) log σ(z) - ε log σ(-z), for labels
+         of which a share ε is wrong (conservative DPO)
+robust   the same risk without its bias: [-(1-ε) log σ(z) + ε log σ(-z)] / (1 - 2ε)
+         (https://arxiv.org/abs/2403.00409)
+hinge    max(0, 1 - z) (SLiC, https://arxiv.org/abs/2305.10425)
+ipo      (h - 1/(2·beta))² (https://arxiv.org/abs/2310.12036); h of log-probabilities per token, as
+         TRL has it, where the paper sums: its target is a margin that long responses pass at once
+
+`length_penalty` α is R-DPO's (https://arxiv.org/abs/2403.19159): z + α·(|chosen| - |rejected|), in
+tokens. A reward r - α·|y| is what the policy is then asked for, so α > 0 makes responses shorter:
+where the chosen one is longer, its length explains the choice already and the policy learns less.
 
 Log-probabilities are sums over a response's tokens, given its prompt. The reference is the params
-the run starts from, frozen; compose with `follow` to let it follow (TR-DPO). As in the paper no
-length normalisation, no label smoothing.
+the run starts from, frozen; compose with `follow` to let it follow (TR-DPO). With `initial`,
+rewards against the params of the start are logged too, from a second copy that nothing follows.
 
-Batch: P pairs; member 0 of each is the chosen response, member 1 the rejected, after one prompt.
-Both go through the model as rows of one batch.
-  tokens, targets, weights, segments, positions   [P, 2, L]   weights are 1 on response tokens
-A row holds one sequence, not packed documents. A pair without any weight is padding.
-Loss and metrics are per pair.
+Batch: pairs, as `methods.responses` has them; member 0 is the chosen response. Loss and metrics are
+per pair.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.contract import Aux, Extra, Method, copy_of_params
-from jaxlm.methods.likelihood import token_logprobs
+from jaxlm.contract import Extra, Method, copy_of_params
+from jaxlm.methods.responses import frozen, responses, summed
 
-FIELDS = ("tokens", "targets", "weights", "segments", "positions")
+LOSSES = ("sigmoid", "robust", "hinge", "ipo")
 
 
-def dpo(*, beta: float = 0.1) -> Method:
+def dpo(
+    *,
+    beta: float = 0.1,
+    loss: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_penalty: float = 0.0,
+    initial: bool = False,
+) -> Method:
     """`beta`: the pull towards the reference, in 1/nats; large stays near it."""
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}, and must be positive")
+    _refuse(beta, loss, label_smoothing, length_penalty)
 
     def objective(lm, params, extras, batch, key):
-        frozen = jax.lax.stop_gradient(extras["reference"])
-        policy_P2, taps, penalties = _response_logprobs(lm, params, batch, key)
-        reference_P2, _, _ = _response_logprobs(lm, frozen, batch, None)
-        reward_P2 = beta * (policy_P2 - reference_P2)
+        policy = responses(lm, params, batch, key)
+        reward = lambda name: beta * _gap(policy, frozen(lm, extras[name], batch), loss)
+        reward_P2 = reward("reference")
         margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-        pair_P = jnp.any(batch["weights"] > 0, axis=(1, 2)).astype(jnp.float32)
-        weight = pair_P.sum()
+        longer_P = policy.length_P2[:, 0] - policy.length_P2[:, 1]
+        loss_P = preference_loss(margin_P + length_penalty * longer_P, beta, loss, label_smoothing)
         metrics = {
-            "dpo/accuracy": jnp.sum(jnp.where(margin_P > 0, pair_P, 0.0)),
-            "dpo/margin": jnp.sum(pair_P * margin_P),
-            "dpo/reward_chosen": jnp.sum(pair_P * reward_P2[:, 0]),
-            "dpo/reward_rejected": jnp.sum(pair_P * reward_P2[:, 1]),
-            "dpo/logprob_chosen": jnp.sum(pair_P * policy_P2[:, 0]),
-            "dpo/logprob_rejected": jnp.sum(pair_P * policy_P2[:, 1]),
+            "accuracy": (margin_P > 0).astype(jnp.float32),
+            "margin": margin_P,
+            "reward_chosen": reward_P2[:, 0],
+            "reward_rejected": reward_P2[:, 1],
         }
-        metrics |= {name: weight * penalty for name, penalty in penalties.items()}
-        loss = -jnp.sum(pair_P * jax.nn.log_sigmoid(margin_P))
-        return loss + weight * sum(penalties.values()), Aux(weight, metrics, taps)
+        if initial:
+            since_P2 = reward("initial")
+            metrics["initial_reward_chosen"] = since_P2[:, 0]
+            metrics["initial_reward_rejected"] = since_P2[:, 1]
+        return summed("dpo", loss_P, policy, metrics)
 
-    return Method(objective=objective, reads="pairs", extras={"reference": Extra(copy_of_params)})
+    extras = {"reference": Extra(copy_of_params)}
+    if initial:
+        extras["initial"] = Extra(copy_of_params)
+    return Method(objective=objective, reads="pairs", extras=extras)
 
 
-def _response_logprobs(lm, params, batch, key):
-    """log p(response | prompt) of each member, [P, 2]; then taps and penalties."""
-    rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in FIELDS}
-    logprobs_BL, taps, penalties = token_logprobs(lm, params, rows, key)
-    return (logprobs_BL * rows["weights"]).sum(-1).reshape(-1, 2), taps, penalties
+def preference_loss(z: jax.Array, beta: float, loss: str, label_smoothing: float = 0.0):
+    """The loss of each pair, as the module's docstring has it; z = beta · h."""
+    right, wrong = -jax.nn.log_sigmoid(z), -jax.nn.log_sigmoid(-z)
+    if loss == "robust":
+        weight = 1 - 2 * label_smoothing
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / weight
+    if loss == "hinge":
+        return jax.nn.relu(1 - z)
+    if loss == "ipo":
+        return jnp.square(z / beta - 1 / (2 * beta))
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def _gap(policy, reference, loss):
+    """log p - log p_ref of each response, [P, 2]; per token for IPO."""
+    if loss == "ipo":
+        return policy.mean_P2 - reference.mean_P2
+    return policy.logprob_P2 - reference.logprob_P2
+
+
+def _refuse(beta, loss, label_smoothing, length_penalty):
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}, and must be positive")
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}, and may be one of {', '.join(LOSSES)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}: the share of wrong labels, from 0 to below 0.5"
+        )
+    if label_smoothing and loss not in ("sigmoid", "robust"):
+        raise ValueError(f"label_smoothing is {label_smoothing}, which loss={loss!r} does not read")
+    if length_penalty and loss == "ipo":
+        raise ValueError("length_penalty is in log-probability, and IPO's are per token: set it 0")

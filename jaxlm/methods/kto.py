@@ -1,0 +1,60 @@
+"""KTO (https://arxiv.org/abs/2402.01306, equation 8): from thumbs up or down, without pairs.
+
+    r = log p(y|x) - log p_ref(y|x),   k = max(0, mean over the batch of r of mismatched responses)
+    loss = weight_desirable · (1 - σ(beta · (r - k)))      of a response that was liked
+           weight_undesirable · (1 - σ(beta · (k - r)))    of one that was not
+
+k estimates the divergence from the reference and gets no gradient: a mismatched response is another
+row's, after this row's prompt. Since k is a mean over the batch the loss is no sum over rows, and
+accumulation is refused.
+
+Batch: as `methods.responses` has it, but that member 0 is the response and member 1 the mismatched
+one, with
+  desirable   [P] float32   1 = liked, 0 = not
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.contract import Extra, Method, copy_of_params
+from jaxlm.methods.responses import frozen, responses, summed
+
+
+def kto(
+    *, beta: float = 0.1, weight_desirable: float = 1.0, weight_undesirable: float = 1.0
+) -> Method:
+    """`beta`: the pull towards the reference, in 1/nats. The paper keeps (number liked ·
+    weight_desirable) / (number not liked · weight_undesirable) between 1 and 4/3."""
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}, and must be positive")
+    if weight_desirable < 0 or weight_undesirable < 0:
+        raise ValueError(
+            f"weight_desirable is {weight_desirable} and weight_undesirable {weight_undesirable}; "
+            "neither may be negative"
+        )
+
+    def objective(lm, params, extras, batch, key):
+        policy = responses(lm, params, batch, key)
+        reference = frozen(lm, extras["reference"], batch)
+        gap_P2 = policy.logprob_P2 - reference.logprob_P2
+        real_P, liked_P = policy.real_P, batch["desirable"]
+        mismatched = jnp.sum(real_P * gap_P2[:, 1]) / jnp.maximum(real_P.sum(), 1)
+        k = jax.lax.stop_gradient(jnp.maximum(mismatched, 0.0))
+        reward_P = beta * (gap_P2[:, 0] - k)
+        sign_P = 2 * liked_P - 1
+        weight_P = jnp.where(liked_P > 0, weight_desirable, weight_undesirable)
+        loss_P = weight_P * (1 - jax.nn.sigmoid(sign_P * reward_P))
+        metrics = {
+            "divergence": jnp.full_like(reward_P, k),
+            "reward_desirable": liked_P * reward_P,
+            "reward_undesirable": (1 - liked_P) * reward_P,
+            "share_desirable": liked_P,
+        }
+        return summed("kto", loss_P, policy, metrics, members=("response",))
+
+    return Method(
+        objective=objective,
+        separable=False,
+        reads="feedback",
+        extras={"reference": Extra(copy_of_params)},
+    )

@@ -1,0 +1,72 @@
+"""What preference methods share: log-probabilities of whole responses, and what to log of them.
+
+P pairs, two members each, L positions. A batch holds
+  tokens, targets, weights, segments, positions   [P, 2, L]   weights are 1 on response tokens
+A row holds one prompt with one response, not packed documents; both members go through the model as
+rows of one batch. A pair without any weight is padding and counts nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.contract import LM, Aux, Batch, Params
+from jaxlm.methods.likelihood import token_logprobs
+
+FIELDS = ("tokens", "targets", "weights", "segments", "positions")
+
+
+class Responses(NamedTuple):
+    """What a model says of both members of each pair."""
+
+    logprob_P2: jax.Array  # of the whole response given its prompt, in nats
+    length_P2: jax.Array  # tokens of the response
+    real_P: jax.Array  # 1; 0 = padding
+    taps: object
+    penalties: dict[str, jax.Array]
+
+    @property
+    def mean_P2(self) -> jax.Array:
+        """Log-probability per token of each response."""
+        return self.logprob_P2 / jnp.maximum(self.length_P2, 1)
+
+
+def responses(lm: LM, params: Params, batch: Batch, key: jax.Array | None = None) -> Responses:
+    """Reads both members of each pair, in one pass."""
+    rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in FIELDS}
+    logprobs_BL, taps, penalties = token_logprobs(lm, params, rows, key)
+    logprob_P2 = (logprobs_BL * rows["weights"]).sum(-1).reshape(-1, 2)
+    length_P2 = batch["weights"].sum(-1)
+    real_P = jnp.any(batch["weights"] > 0, axis=(1, 2)).astype(jnp.float32)
+    return Responses(logprob_P2, length_P2, real_P, taps, penalties)
+
+
+def frozen(lm: LM, params: Params, batch: Batch) -> Responses:
+    """The same of params that get no gradient, such as a reference's."""
+    return responses(lm, jax.lax.stop_gradient(params), batch)
+
+
+def summed(
+    name: str,
+    loss_P: jax.Array,
+    policy: Responses,
+    metrics_P: dict[str, jax.Array],
+    members: tuple[str, ...] = ("chosen", "rejected"),
+) -> tuple[jax.Array, Aux]:
+    """An objective's return value: the loss and each metric summed over the real pairs.
+
+    `metrics_P` get the prefix `name`; log-probability and length of the `members` come with them.
+    """
+    real_P = policy.real_P
+    total = lambda x_P: jnp.sum(jnp.where(real_P > 0, x_P, 0.0))
+    weight = real_P.sum()
+    of_members = {
+        f"{what}_{member}": x_P2[:, i]
+        for what, x_P2 in (("logprob", policy.logprob_P2), ("length", policy.length_P2))
+        for i, member in enumerate(members)
+    }
+    metrics = {f"{name}/{key}": total(x_P) for key, x_P in (metrics_P | of_members).items()}
+    metrics |= {key: weight * penalty for key, penalty in policy.penalties.items()}
+    penalty = weight * sum(policy.penalties.values())
+    return total(loss_P) + penalty, Aux(weight, metrics, policy.taps)
