@@ -81,7 +81,8 @@ class Built(NamedTuple):
         the visible share: what a query may see of its row, taken as one document.
         """
         total, attention = self.plain_flops("none")
-        unseen = 1 - flops.visible_share(self.run.data.length, self.run.model.window)
+        windows = [kind.window for kind in self.run.model.kinds]
+        unseen = 1 - flops.mean_visible_share(self.run.data.length, windows)
         return total - round(unseen * attention)
 
     def plain_flops(self, remat: str) -> tuple[int, int]:

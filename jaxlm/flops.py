@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,12 @@ def visible_share(length: int, window: int = 0) -> float:
     """Share of a row's [L, L] pairs that causal attention looks at; a window of 0 is no window."""
     seen = min(window or length, length)
     return (seen * (seen + 1) / 2 + (length - seen) * seen) / length**2
+
+
+def mean_visible_share(length: int, windows: Iterable[int]) -> float:
+    """`visible_share` on average over layers with these windows."""
+    shares = [visible_share(length, window) for window in windows]
+    return sum(shares) / len(shares)
 
 
 PRODUCTS = {"dot_general": _of_dot, "conv_general_dilated": _of_convolution}

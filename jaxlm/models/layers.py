@@ -44,12 +44,13 @@ KERNEL_AXES = {
 
 
 class Context(NamedTuple):
-    """What every block reads of a batch."""
+    """What blocks of one kind (`pattern.Kind`) read of a batch."""
 
     mask_BL: jax.Array  # float32; 0 = padding
     segments_BL: jax.Array
     positions_BL: jax.Array
     turns_BLK: tuple[jax.Array, jax.Array] | None  # see `rope.turns`
+    window: int  # positions that a query sees; 0 = all before it
     past: Places | None = None  # of what the blocks remember
 
 
@@ -141,7 +142,7 @@ class SelfAttention(nnx.Module):
         query_BLHK = self._placed(query, self.query_norm, context, c.query_scale)
         key_BLGK = self._placed(key, self.key_norm, context)
         value_BLGK = value.reshape(B, L, c.kv_heads, c.head_width)
-        options = {"window": c.window, "soft_cap": c.attention_soft_cap}
+        options = {"window": context.window, "soft_cap": c.attention_soft_cap}
         new = cache.remember(key_BLGK, value_BLGK)
         if past is None or context.past is None:
             mixed_BLHK = attention(

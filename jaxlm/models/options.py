@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import jax
 
-from jaxlm.models import attention, rope
+from jaxlm.models import attention, pattern, rope
 
 # Name of the feed-forward's form -> its nonlinearity, and whether a gate multiplies the up part.
 ACTIVATIONS = {
@@ -68,6 +68,8 @@ class DecoderConfig:
     qk_norm: bool = False  # normalises queries and keys (Qwen 3)
     qk_norm_over: str = "head"  # head by head, or "width": all heads of a token at once (OLMo 2)
     window: int = 0  # positions a query sees, itself included; 0 = all before it
+    layer_pattern: str = ""  # such as "local*5 global": the latter without window; see `pattern`
+    local_rope_theta: float = 0.0  # of local layers, unscaled then; 0 = as in global ones
     attention_scale: float = 0.0  # of query · key; 0 = 1/sqrt(head_width)
     attention_soft_cap: float = 0.0  # scores through c·tanh(s/c); 0 = off
     logit_soft_cap: float = 0.0
@@ -88,6 +90,17 @@ class DecoderConfig:
     remat: str = "none"  # a name of REMAT
     attention: str = "auto"  # a name of attention.BACKENDS, or auto
     loss_chunk: int = 0  # tokens of a device whose logits exist at one time; 0 = all
+
+    @property
+    def kinds(self) -> tuple[pattern.Kind, ...]:
+        """Of each layer."""
+        everywhere = self.rope_theta, self.rope_scaling
+        of_local = (self.local_rope_theta, "") if self.local_rope_theta else everywhere
+        local, whole = pattern.Kind(self.window, *of_local), pattern.Kind(0, *everywhere)
+        return tuple(
+            local if is_local else whole
+            for is_local in pattern.is_local(self.layer_pattern, self.layers)
+        )
 
     @property
     def rotary_width(self) -> int:
@@ -117,6 +130,7 @@ def resolve(
     known("norm_place", config.norm_place, NORM_PLACES)
     known("qk_norm_over", config.qk_norm_over, ("head", "width"))
     rope.parse(config.rope_scaling)
+    pattern.is_local(config.layer_pattern, 0)
     _refuse_signs(config)
     _refuse_heads(config)
     gated = ACTIVATIONS[config.activation][1]
@@ -162,17 +176,31 @@ def _refuse_signs(config):
                 f"config.model.{key} is {getattr(config, key)} and has to be at least 1"
                 + (": set it to the size of the tokenizer." if key == "vocabulary" else ".")
             )
-    for key in ("kv_heads", "head_width", "ffn_width", "window", "loss_chunk", "learned_positions"):
+    for key in (
+        "kv_heads",
+        "head_width",
+        "ffn_width",
+        "window",
+        "loss_chunk",
+        "learned_positions",
+    ):
         if getattr(config, key) < 0:
             raise ValueError(
                 f"config.model.{key} is {getattr(config, key)} and cannot be negative; "
                 "0 stands for its default."
             )
-    for key in ("attention_soft_cap", "logit_soft_cap", "attention_scale"):
+    for key in (
+        "attention_soft_cap",
+        "logit_soft_cap",
+        "attention_scale",
+        "local_rope_theta",
+    ):
         if getattr(config, key) < 0:
             raise ValueError(
                 f"config.model.{key} is {getattr(config, key)} and cannot be negative; 0 = "
-                + ("1/sqrt(head_width)." if key == "attention_scale" else "off.")
+                + {"attention_scale": "1/sqrt(head_width).", "local_rope_theta": "rope_theta."}.get(
+                    key, "off."
+                )
             )
     for key in ("rope_theta", "rotary_fraction", "embedding_scale", "norm_eps", "init_scale"):
         if not getattr(config, key) > 0:

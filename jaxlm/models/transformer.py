@@ -15,6 +15,7 @@ and the loss within 0.25 of log V. A tied head's too, since what the blocks writ
 stream, with a scale near 1, drowns the token's own embedding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, cache, layers, lookup, rope
+from jaxlm.models import attention_ring, cache, layers, lookup, pattern, rope
 from jaxlm.models.masks import Places, document_lengths
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 from jaxlm.models.products import float32_product
@@ -145,30 +146,31 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
         balanced = config.attention == "ring" and attention_ring.can_balance(batch["tokens"])
         batch = attention_ring.balance(batch) if balanced else batch
         ends = ends_of(_without_blocks(params))
-        context = _context(config, batch)
+        contexts = _contexts(config, batch)
 
-        def block(x_BLD, block_params):
-            x_BLD, taps, _ = block_of(block_params)(x_BLD, context)
+        def block(kind, x_BLD, block_params):
+            x_BLD, taps, _ = block_of(block_params)(x_BLD, contexts[kind])
             return sharding.constrain(x_BLD, "batch", "length", "width"), taps
 
         with jax.named_scope("embedding"):
             x_BLD = ends.embed(batch["tokens"], batch["positions"])
-        block = rematerialized(block, config)
-        x_BLD, taps = _through(block, x_BLD, scanned, params["blocks"])
+        of_kind = lambda kind: rematerialized(functools.partial(block, kind), config)
+        x_BLD, taps = pattern.through(of_kind, config.kinds, x_BLD, scanned, params["blocks"])
         x_BLD = ends.final_norm(x_BLD)
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
 
     def remembered(params, batch, past=None):
         ends = ends_of(_without_blocks(params))
-        context = _context(config, batch, past and past.places)
+        contexts = _contexts(config, batch, past and past.places)
 
-        def block(x_BLD, block_params, *memory):
-            x_BLD, _, new = block_of(block_params)(x_BLD, context, *memory)
+        def block(kind, x_BLD, block_params, *memory):
+            x_BLD, _, new = block_of(block_params)(x_BLD, contexts[kind], *memory)
             return sharding.constrain(x_BLD, "batch", "length", "width"), new
 
         parts = [params["blocks"], *([past.blocks] if past else [])]
         x_BLD = ends.embed(batch["tokens"], batch["positions"])
-        x_BLD, new = _through(block, x_BLD, scanned, *parts)
+        of_kind = lambda kind: functools.partial(block, kind)
+        x_BLD, new = pattern.through(of_kind, config.kinds, x_BLD, scanned, *parts)
         return ends.final_norm(x_BLD), (new, Places(batch["segments"], batch["positions"]))
 
     def begin(params, batch, length):
@@ -242,43 +244,22 @@ def parameter_count_by_part(params: Any) -> dict[str, int]:
     return counts
 
 
-def _context(config, batch, past=None):
-    """What the blocks read of a batch; `past`: where the tokens stand that they remember."""
-    return layers.Context(
-        mask_BL=(batch["segments"] > 0).astype(jnp.float32),
-        segments_BL=batch["segments"],
-        positions_BL=batch["positions"],
-        turns_BLK=_turns(config, batch) if config.rotary_width else None,
-        past=past,
-    )
-
-
-def _turns(config, batch):
-    """How positions turn queries and keys."""
+def _contexts(config, batch, past=None):
+    """What the blocks of each kind read of a batch; `past`: where stands what they remember."""
     places = Places(batch["segments"], batch["positions"])
-    lengths_BL = None
-    if config.rope_scaling.startswith("dynamic"):
-        lengths_BL = document_lengths(places)
-    return rope.turns(
-        places.positions_BL,
-        config.rotary_width,
-        config.rope_theta,
-        config.rope_scaling,
-        lengths_BL,
-    )
-
-
-def _through(block, x, scanned, *parts):
-    """x through all blocks in turn, with what each gives beside, in the form of the `parts`.
-
-    A part is a stack or a dict of what each block takes, its params first.
-    """
-    if scanned:
-        return jax.lax.scan(lambda x, parts: block(x, *parts), x, parts)
-    beside = {}
-    for i in range(len(parts[0])):
-        x, beside[str(i)] = block(x, *(part[str(i)] for part in parts))
-    return x, beside
+    kinds, turns = dict.fromkeys(config.kinds), {}
+    if config.rotary_width:
+        dynamic = any(kind.rope_scaling.startswith("dynamic") for kind in kinds)
+        lengths_BL = document_lengths(places) if dynamic else None
+        turns = {
+            how: rope.turns(places.positions_BL, config.rotary_width, *how, lengths_BL)
+            for how in dict.fromkeys((kind.rope_theta, kind.rope_scaling) for kind in kinds)
+        }
+    mask_BL = (places.segments_BL > 0).astype(jnp.float32)
+    return {
+        kind: layers.Context(mask_BL, *places, turns.get(kind[1:]), kind.window, past)
+        for kind in kinds
+    }
 
 
 def _axes(path, scanned):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxlm.build import Built
 from jaxlm.config import Run
-from jaxlm.flops import visible_share
+from jaxlm.flops import mean_visible_share
 from jaxlm.plan import memory, reckon, roofline
 from jaxlm.plan.program import Compiled, compile_step, plan_run
 from jaxlm.plan.topology import Topology
@@ -74,7 +74,7 @@ def step_flops(built: Built, kernel: bool | None = None) -> tuple[int, float]:
     backward pass: a sixth of its products without rematerialisation.
     """
     run = built.run
-    seen = visible_share(run.data.length, run.model.window)
+    seen = mean_visible_share(run.data.length, [kind.window for kind in run.model.kinds])
     plain, plain_attention = built.plain_flops("none")
     total, attention = built.plain_flops(run.model.remat)
     model = plain - round((1 - seen) * plain_attention)

@@ -16,12 +16,12 @@ def llama(params, tokens, config):
     if config.learned_positions:
         x = x + p["embed"]["positions"][: len(x)]
     taps = {}
-    for name, block in p["blocks"].items():
+    kinds = layer_kinds(config)
+    for (name, block), kind in zip(p["blocks"].items(), kinds, strict=True):
         taps[name] = {"attention": {}, "mlp": {}}
         normed = lambda x, norm: _norm(x, block[norm], config) if norm in block else x  # noqa: B023
-        attended = _attention(
-            block["attention"], normed(x, "attention_norm"), config, taps[name]["attention"]
-        )
+        x_normed = normed(x, "attention_norm")
+        attended = _attention(block["attention"], x_normed, config, kind, taps[name]["attention"])
         attended = normed(attended, "attention_post_norm")
         source = x if config.parallel_residual else x + attended
         fed = _feed_forward(block["mlp"], normed(source, "mlp_norm"), config, taps[name]["mlp"])
@@ -31,7 +31,17 @@ def llama(params, tokens, config):
     return _capped(logits, config.logit_soft_cap), {"blocks": taps}
 
 
-def _attention(p, x, config, taps):
+def layer_kinds(config):
+    """Window, theta and scaling of each layer, by a pattern written out as "local global"."""
+    names = config.layer_pattern.split() or ["local"]
+    everywhere = config.rope_theta, config.rope_scaling
+    local = (config.local_rope_theta, "") if config.local_rope_theta else everywhere
+    kinds = {"local": (config.window, *local), "global": (0, *everywhere)}
+    return [kinds[names[i % len(names)]] for i in range(config.layers)]
+
+
+def _attention(p, x, config, kind, taps):
+    window, theta, scaling = kind
     heads, kv_heads = config.heads, config.kv_heads or config.heads
     width = config.head_width or config.width // config.heads
     query, key, value = (_dense(p, name, x, taps) for name in ("query", "key", "value"))
@@ -46,10 +56,10 @@ def _attention(p, x, config, taps):
         if config.qk_norm and config.qk_norm_over == "head":
             q, k = _norm(q, p["query_norm"], config), _norm(k, p["key_norm"], config)
         if not config.learned_positions:
-            q, k = _rotated(q, config), _rotated(k, config)
+            q, k = (_rotated(y, config, theta, scaling) for y in (q, k))
         out = np.zeros_like(v)
         for t in range(len(x)):
-            first = max(0, t + 1 - config.window) if config.window else 0
+            first = max(0, t + 1 - window) if window else 0
             scores = k[first : t + 1] @ q[t] * (config.attention_scale or width**-0.5)
             scores = np.exp(_capped(scores, config.attention_soft_cap))
             out[t] = scores / scores.sum() @ v[first : t + 1]
@@ -79,23 +89,22 @@ def _norm(x, p, config):
     return x * (p["scale"] + (config.norm == "rms_plus_one")) + p.get("bias", 0.0)
 
 
-def _rotated(x, config):
+def _rotated(x, config, theta, scaling):
     """Units k and k + R/2 as the complex number that position t turns by t · speed of the pair.
 
     R is the part of a head that turns at all.
     """
     half = round(x.shape[1] * config.rotary_fraction) // 2
     pairs = x[:, :half] + 1j * x[:, half : 2 * half]
-    speed, factor = speeds(half, config, length=len(x))
+    speed, factor = speeds(half, theta, scaling, length=len(x))
     pairs = factor * pairs * np.exp(1j * np.outer(np.arange(len(x)), speed))
     return np.concatenate([pairs.real, pairs.imag, x[:, 2 * half :]], axis=1)
 
 
-def speeds(half, config, length):
+def speeds(half, theta, scaling, length):
     """The angle per position of each pair in a text of that length, and what lengthens them."""
-    kind, *settings = config.rope_scaling.split() or [""]
+    kind, *settings = scaling.split() or [""]
     c = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
-    theta = config.rope_theta
     if kind == "dynamic" and length > c["length"]:
         stretch = c["factor"] * length / c["length"] - (c["factor"] - 1)
         theta *= stretch ** (half / (half - 1))
@@ -115,9 +124,7 @@ def speeds(half, config, length):
                 scaled.append((1 - smooth) * s / c["factor"] + smooth * s)
         return np.array(scaled), 1.0
     if kind == "yarn":
-        index = lambda turns: (
-            half * math.log(c["length"] / (turns * 2 * math.pi)) / math.log(config.rope_theta)
-        )
+        index = lambda turns: half * math.log(c["length"] / (turns * 2 * math.pi)) / math.log(theta)
         low = max(math.floor(index(c.get("fast", 32))), 0)
         high = min(math.ceil(index(c.get("slow", 1))), 2 * half - 1)
         ramp = np.clip((np.arange(half) - low) / (high - low), 0, 1)

@@ -28,6 +28,17 @@ FAMILIES = {
         "embedding_scale": 32**0.5,
         "norm": "rms_plus_one",
         "norm_place": "both",
+        "layer_pattern": "local global",
+    },
+    "gemma 3": {
+        "layers": 3,
+        "window": 3,
+        "layer_pattern": "local local global",
+        "qk_norm": True,
+        "norm": "rms_plus_one",
+        "rope_theta": 500.0,
+        "rope_scaling": "linear factor=3",
+        "local_rope_theta": 20.0,
     },
     "olmo 2": {"qk_norm": True, "qk_norm_over": "width", "norm_place": "after", "tied": False},
     "gpt-neox": {

@@ -33,10 +33,9 @@ def test_products_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_angles_equal_the_independent_ones(scaling):
-    config = toy(rope_theta=500.0, rope_scaling=scaling)
     positions_BL = jnp.arange(40)[None]
     cos, sin = rope.turns(positions_BL, 16, 500.0, scaling, jnp.full((1, 40), 40))
-    speed, factor = speeds(8, config, length=40)
+    speed, factor = speeds(8, 500.0, scaling, length=40)
     expected = factor * np.exp(1j * np.outer(np.arange(40), speed))
     np.testing.assert_allclose(cos[0] + 1j * sin[0], expected, atol=2e-5)
 
