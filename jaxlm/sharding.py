@@ -150,6 +150,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec_of("batch"))
 
 
+def put_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch that every host holds whole, its rows onto the mesh."""
+    rows = batch_sharding(mesh)
+    make = lambda v: jax.make_array_from_callback(v.shape, rows, lambda i: v[i])
+    return {name: make(value) for name, value in batch.items()}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "train": BASE | TOP | {"together"},
     "plan": BASE | TOP | {"plan", "chips"},
     "generate.__main__": BASE | TOP | {"opened"},
+    "evaluate": BASE | TOP | {"evaluate", "opened"},
 }
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 

@@ -86,7 +86,9 @@ def test_a_shape_is_compiled_once(model):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), max_size=60), st.integers(1, 7))
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), max_size=60), st.integers(1, 7)
+)
 def test_rows_hold_every_piece_once_and_never_too_much(sizes, share):
     lengths = score.row_lengths(900)
     sizes = [(size, max(1, min(size, slots) // share)) for size, slots in sizes]

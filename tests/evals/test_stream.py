@@ -25,7 +25,12 @@ def test_every_target_is_scored_once_with_its_context(length, window, data):
 
 
 def test_windows_of_the_paper():
-    assert stream.windows(3000) == [(0, 1, 1900), (512, 1901, 2412), (1024, 2413, 2924), (1536, 2925, 2999)]
+    assert stream.windows(3000) == [
+        (0, 1, 1900),
+        (512, 1901, 2412),
+        (1024, 2413, 2924),
+        (1536, 2925, 2999),
+    ]
 
 
 def test_a_stride_that_skips_tokens_is_refused():

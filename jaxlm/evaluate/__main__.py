@@ -1,0 +1,250 @@
+"""Evaluates a finished model: tasks of lm-eval, or bits per character of a corpus.
+
+    python -m jaxlm.evaluate --checkpoint=runs/quickstart --tasks=arc_easy,my_task.yaml
+        [--num_fewshot=N] [--limit=N] [--include_path=FOLDER] [--chat] [--log_samples]
+    python -m jaxlm.evaluate --checkpoint=runs/quickstart --compression=notes.jsonl,src
+        [--window=1900] [--stride=512] [--min_k=20] [--text=KEY] [--glob='**/*.py']
+
+The model lies on all devices of this machine, or of all processes that are started together (see
+launch/); process 0 writes. Results are lm-eval's own JSON, in evaluations/ of a work folder, or in
+--output=FOLDER. Nothing is downloaded without --download. docs/evaluation.md says more.
+"""
+
+from jaxlm.host import process
+
+process.start(__name__)
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; ours is one
+
+import jax
+
+from jaxlm import report
+from jaxlm.evals import stream, tasks
+from jaxlm.evals.model import Model
+from jaxlm.evaluate import compress, write
+from jaxlm.host import cluster
+from jaxlm.host.console import Console
+from jaxlm.opened import open_model
+
+
+def main() -> int:
+    flags = _flags().parse_args()
+    _refuse(flags)
+    where = cluster.place()
+    with Console(quiet=bool(where and where.process)) as console:
+        if where:
+            process.hush_libraries()
+            facts: dict[str, Any] = {f"--{k}": v for k, v in vars(flags).items()}
+            cluster.join(where, {"the version of jax": jax.__version__, **facts}, console.say)
+        for note in process.notes:
+            console.warn(note)
+        if flags.tasks:
+            run_tasks(flags, console)
+        if flags.compression:
+            run_compression(flags, console)
+    return 0
+
+
+def run_tasks(flags, console: Console) -> dict[str, Any]:
+    """Loads tasks and model, evaluates, prints the table, writes the files."""
+    with console.phase(1, 3, "tasks", "reading the tasks and their data"):
+        names = tasks.parse(flags.tasks)
+        loaded = tasks.load(names, include=flags.include_path, download=flags.download)
+    model = _opened(flags, console)
+    about = {"checkpoint": flags.checkpoint, "model_num_parameters": _parameters(model.params)}
+    about |= {"model_dtype": str(jax.tree.leaves(model.params)[0].dtype)}
+    lm = model.for_lm_eval(about)
+    if flags.chat and not getattr(lm.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"--chat: the tokenizer of {flags.checkpoint} has no chat template; put "
+            "chat_template.jinja beside its tokenizer.json, or leave --chat out"
+        )
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker()
+    with console.phase(3, 3, "evaluate", "running the requests"):
+        results = tasks.evaluate(
+            lm,
+            loaded,
+            writer=cluster.process() == 0,
+            model_args={"pretrained": flags.checkpoint},
+            num_fewshot=flags.num_fewshot,
+            limit=flags.limit,
+            use_cache=flags.use_cache or None,
+            cache_requests=flags.cache_requests,
+            gen_kwargs=flags.gen_kwargs or None,
+            apply_chat_template=flags.chat,
+            system_instruction=flags.system or None,
+            evaluation_tracker=tracker,
+        )
+    if lm.shortened:
+        console.warn(
+            f"{lm.shortened:,} contexts were longer than the model's {model.length:,} tokens and "
+            "lost their start"
+        )
+    head, rows = tasks.table(results)
+    console.table(rows, head)
+    tracker.general_config_tracker.log_end_time()
+    told = dataclasses.asdict(tracker.general_config_tracker)
+    _keep(
+        flags,
+        console,
+        lambda folder: write.tasks(folder, results, told, samples=flags.log_samples),
+    )
+    return results
+
+
+def run_compression(flags, console: Console) -> dict[str, dict]:
+    """Bits per character and MIN-K% of each source: prints the table, writes the files."""
+    with console.phase(1, 3, "text", "reading the documents"):
+        found = {
+            spec.name: compress.read(spec, flags.characters, console.warn)
+            for spec in compress.specs(flags.compression, flags.text, flags.glob)
+        }
+    model = _opened(flags, console)
+    compress.fitting(model, flags.window, flags.stride)
+    figures, rows = {}, {}
+    with console.phase(3, 3, "evaluate", "scoring the text"):
+        for name, documents in found.items():
+            figures[name], rows[name] = compress.measure(
+                model, documents, window=flags.window, stride=flags.stride, percent=flags.min_k
+            )
+    console.table(
+        [
+            [
+                name,
+                f"{f['documents']:,}",
+                f"{f['characters']:,}",
+                f"{f['tokens']:,}",
+                f"{f['bits_per_character']:.4f}",
+                *([f"{f['min_k']:.3f}", f"{f['min_k_lowest']:.3f}"] if "min_k" in f else []),
+            ]
+            for name, f in figures.items()
+        ],
+        ["source", "documents", "characters", "tokens", "bits/char"]
+        + ([f"min-{flags.min_k:g}% mean", "lowest"] if flags.min_k else []),
+    )
+    about = {"checkpoint": flags.checkpoint, "protocol": "arXiv 2404.09937, the tail scored"}
+    kept = rows if flags.log_samples else {}
+    _keep(flags, console, lambda folder: write.corpora(folder, figures, kept, about))
+    return figures
+
+
+def _opened(flags, console) -> Model:
+    with console.phase(2, 3, "model", f"opening {flags.checkpoint}"):
+        opened = open_model(
+            flags.checkpoint, step=flags.step, devices=jax.devices(), say=console.warn
+        )
+        # Training puts a bos before each document, whatever the tokenizer does by itself.
+        bos = {"on": True, "off": False}.get(flags.bos, True if _is_run(flags.checkpoint) else None)
+        return Model(
+            opened.lm,
+            opened.params,
+            opened.folder,
+            opened.mesh,
+            opened.length,
+            tokens=flags.batch_tokens,
+            add_bos=bos,
+            tick=lambda done, total: console.progress(done, total, unit="request"),
+        )
+
+
+def _keep(flags, console, put):
+    """Writes results where they belong, in process 0, and makes the page of a work folder anew."""
+    if cluster.process():
+        return
+    checkpoint = Path(flags.checkpoint).expanduser()
+    if flags.output:
+        console.say(f"  results   {put(Path(flags.output).expanduser())}")
+    elif _is_run(flags.checkpoint):
+        console.say(f"  results   {put(checkpoint / 'evaluations')}")
+        console.say(f"  the page  {report.write(checkpoint)}")
+    else:
+        console.say("  --output=FOLDER keeps the results")
+
+
+def _is_run(checkpoint):
+    """Whether it is the work folder of a run."""
+    return (Path(checkpoint).expanduser() / "run.json").is_file()
+
+
+def _parameters(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _flags():
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxlm.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="the work folder of a run, or a Hugging Face folder")
+    add("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add("--batch_tokens", type=int, default=0, help="of a batch on one device; 0: some that fit")
+    add(
+        "--bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether a text begins with the bos; auto: as the tokenizer does, but for work "
+        "folders of runs, which are trained with one",
+    )
+    add("--output", default="", help="folder for the results")
+    add("--log_samples", action="store_true", help="keep each item and its answers too")
+    some = parser.add_argument_group("tasks").add_argument
+    some("--tasks", default="", help="names, patterns and YAML files, with commas")
+    some("--num_fewshot", type=int, default=None, help="solved examples before each question")
+    some("--limit", type=float, default=None, help="items of each task; below 1: their share")
+    some("--include_path", default="", help="folder with YAML files of more tasks")
+    some("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    some("--system", default="", help="text of the system's message")
+    some("--gen_kwargs", default="", help="of tasks that generate: max_gen_toks=64,temperature=0")
+    some("--use_cache", default="", help="file for answers, which a later call need not ask again")
+    some("--cache_requests", action="store_true", help="keep the requests made of the data")
+    some("--download", action="store_true", help="let data sets be fetched from the network")
+    more = parser.add_argument_group("compression").add_argument
+    more("--compression", default="", help="text files, JSON lines, Parquet, folders, with commas")
+    more("--window", type=int, default=stream.WINDOW, help="tokens that the model reads at a time")
+    more("--stride", type=int, default=stream.STRIDE, help="tokens by which windows advance")
+    more("--min_k", type=float, default=stream.MIN_K, help="percent of least likely tokens; 0: off")
+    more("--characters", type=int, default=0, help="of each source, at most; whole documents")
+    more("--text", default="text", help="key or column that holds the text")
+    more("--glob", default="", help="files of a folder: '**/*.py'")
+    return parser
+
+
+def _refuse(flags):
+    if not (flags.tasks or flags.compression):
+        raise ValueError("nothing to do: give --tasks=NAME,... or --compression=FILE,...")
+    if flags.tasks:
+        tasks.require_lm_eval()
+    least = {"batch_tokens": 0, "characters": 0, "window": 1, "stride": 1, "min_k": 0}
+    least |= {"num_fewshot": 0}
+    for name, low in least.items():
+        if (value := getattr(flags, name)) is not None and value < low:
+            raise ValueError(f"--{name}={value} must be at least {low}")
+    if flags.min_k > 100:
+        raise ValueError(f"--min_k={flags.min_k:g} is a share in percent, at most 100")
+    if flags.limit is not None and flags.limit <= 0:
+        raise ValueError(f"--limit={flags.limit:g} must be above 0; leave it out for all items")
+    if flags.stride > flags.window:
+        raise ValueError(
+            f"--stride={flags.stride} would leave tokens unscored: it may be at most "
+            f"--window={flags.window}"
+        )
+    if flags.use_cache and cluster.place():
+        raise ValueError(
+            "--use_cache keeps answers in a file of one process: leave it out where several "
+            "processes evaluate together"
+        )
+
+
+if __name__ == "__main__":
+    process.run(main)

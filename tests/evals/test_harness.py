@@ -1,0 +1,46 @@
+"""lm-eval's tasks on our model: the answers and metrics of its `hf` backend on torch, item by item.
+
+The committed answers were made by tools/evaluation_parity.py.
+"""
+
+import json
+import pathlib
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from jaxlm.evals import tasks
+from tests.evals import local_tasks
+from tests.evals.opened_by_hand import harness
+from tools.evaluation_parity import RUNS
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "lm_eval_hf.json"
+THEIRS = json.loads(FIXTURE.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the tasks, and a model for each of `RUNS`."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    local_tasks.write_tasks(folder / "tasks")
+    for name, (bos, _) in RUNS.items():
+        local_tasks.write_model(folder / name, bos)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return tasks.load(local_tasks.TASKS, include=str(folder / "tasks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_answers_and_metrics_are_those_of_lm_evals_hf_backend(run, folder, loaded):
+    model = harness(folder / run)
+    results = tasks.evaluate(model, loaded, bootstrap_iters=100, **RUNS[run][1])
+    ours = local_tasks.kept(results)
+    for task, theirs in THEIRS[run].items():
+        assert local_tasks.largest_gap(theirs["answers"], ours[task]["answers"]) < 1e-3, task
+        assert local_tasks.same_metrics(theirs["metrics"], ours[task]["metrics"]), task
+    assert model.shortened, "the tasks hold contexts that are too long"
