@@ -86,16 +86,21 @@ class Scorer:
         rows = packed([(len(p.inputs), p.slots) for p in pieces], self.lengths)
         flying: collections.deque = collections.deque()
         done = 0
+
+        def land():
+            nonlocal done
+            found, wanted = flying.popleft()
+            done += _hand_out(found, wanted, scores)
+            tick(done, len(requests))
+
         for some, shape in self._batches(rows):
             batch, wanted = _filled(some, shape, pieces, requests)
             self.shapes.add(shape)
             flying.append((self._score(params, self._put(batch)), wanted))
-            while len(flying) > AHEAD:
-                done += _land(*flying.popleft(), scores)
-                tick(done, len(requests))
+            if len(flying) > AHEAD:
+                land()
         while flying:
-            done += _land(*flying.popleft(), scores)
-            tick(done, len(requests))
+            land()
         return scores  # pyright: ignore[reportReturnType]
 
     def _batches(self, rows) -> Iterator[tuple[list[Row], tuple[int, int, int]]]:
@@ -188,7 +193,7 @@ def _filled(rows, shape, pieces, requests):
     return batch, wanted
 
 
-def _land(found, wanted, scores):
+def _hand_out(found, wanted, scores):
     """Waits for a batch and hands its scores out; returns how many requests it answered."""
     logprobs_BC, greedy_BC = map(np.asarray, found)
     for i, b, slot, count in wanted:
