@@ -259,19 +259,34 @@ def load_params(
 
     `path` is a work folder, a folder of checkpoints, or one checkpoint.
     """
+    folder, checked = find(path, step=step, item=item, verify=verify, say=say)
+    return storage.load(folder, {item: abstract}, "sizes" if checked else verify)[item]
+
+
+def find(
+    path: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    item: str = "params",
+    verify: str = "full",
+    say: Callable[[str], None] = print,
+) -> tuple[pathlib.Path, bool]:
+    """The folder of the checkpoint that `load_params` reads, and whether it was verified already.
+
+    Raises `ValueError` if there is none.
+    """
     path = pathlib.Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"there is no folder {path} to load {item} from")
     if any(path.glob(f"{digests.PREFIX}*.json")):
-        return storage.load(path, {item: abstract}, verify)[item]
+        return path, False
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    checkpoints = Checkpoints(folder, verify=verify, say=say)
-    steps = checkpoints.steps()
+    steps = Checkpoints(folder, verify=verify, say=say).steps()
     if not steps or (step is not None and step not in steps):
         wanted = "usable checkpoint" if step is None else f"usable checkpoint of step {step}"
         there = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise ValueError(f"{folder} has no {wanted} to load {item} from{there}")
-    return checkpoints.restore(steps[-1] if step is None else step, {item: abstract})[item]
+    return folder / str(steps[-1] if step is None else step), True
 
 
 def _end_all(error):

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in r
 
 Trees = Mapping[str, Any]
 """Item of a checkpoint -> its tree of arrays."""
+
+PARTS = "parts.json"  # item -> folder of a part -> names of its arrays
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -113,16 +115,49 @@ def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False)
         for item, tree in abstract.items()
         if (found := digests.named(tree))
     }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = part
-    with context:
-        arrays = _own(ocp.load_checkpointables(str(folder), wanted)) if wanted else {}
+    arrays = _load_parts(folder, wanted) if (folder / PARTS).is_file() else {}
+    if not arrays and wanted:
+        arrays = _load(folder, wanted, part)
     return {
         item: jax.tree.unflatten(
             jax.tree.structure(tree), [arrays[item][name] for name in digests.named(tree)]
         )
         for item, tree in abstract.items()
     }
+
+
+def save_in_parts(
+    folder: pathlib.Path, item: str, parts: Iterable[Mapping[str, Any]], about: Mapping[str, Any]
+) -> None:
+    """Writes one tree as it comes, in parts of some arrays by name: never all are in memory.
+
+    The parts are checkpoints of Orbax's inside the folder; `load` reads it like any other.
+    """
+    tree: digests.Layout = {}
+    names: dict[str, list[str]] = {}
+    for part in parts:
+        where = f"part-{len(names)}"
+        start(folder / where, {item: part}).result()
+        names[where] = list(part)
+        tree |= digests.layout(part)
+    digests.write_atomically(folder / PARTS, json.dumps({item: names}, indent=1))
+    digests.write(folder, Digest(0, {item: tree}, dict(about), {}))
+
+
+def _load_parts(folder, wanted):
+    arrays: dict[str, dict[str, Any]] = {item: {} for item in wanted}
+    for item, parts in json.loads((folder / PARTS).read_text()).items():
+        for where, names in parts.items():
+            if here := {name: wanted[item][name] for name in names if name in wanted.get(item, {})}:
+                arrays[item] |= _load(folder / where, {item: here}, len(here) < len(names))[item]
+    return arrays
+
+
+def _load(folder, wanted, part):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = part
+    with context:
+        return _own(ocp.load_checkpointables(str(folder), wanted))
 
 
 def _refuse_another_model(folder, saved, abstract, part):

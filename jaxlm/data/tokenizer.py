@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -130,6 +131,16 @@ def _save(backend, folder: pathlib.Path) -> None:
         "model_max_length": 10**9,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Only what a tokenizer is made of: the folder may hold a whole model."""
+    target.mkdir(exist_ok=True)
+    wanted = ("*token*.json", "*token*.model", "special_tokens_map.json", "vocab*", "merges*")
+    for path in {path for pattern in (*wanted, "*.jinja") for path in source.glob(pattern)}:
+        half = target / (path.name + ".tmp")
+        shutil.copyfile(path, half)
+        half.replace(target / path.name)
 
 
 def load(folder: pathlib.Path, name: str = "") -> Tokenizer:

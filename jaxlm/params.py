@@ -1,0 +1,152 @@
+"""Params in the form that a model has them: layers stacked or not, any dtype, any layout.
+
+A stack is an array under `blocks` with a leading layer axis (`models.transformer`). The path of one
+layer's array, stacked or not, is written "blocks/<layer>/...".
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxlm.checkpoint import find, storage
+from jaxlm.checkpoint.digest import named, verify
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+AT_ONCE = 2**29  # bytes read from a checkpoint at one time, where its form is another
+
+
+def load(
+    path: str | Path,
+    abstract: Any,
+    *,
+    step: int | None = None,
+    how: str = "full",
+    say: Callable[[str], None] = print,
+) -> Any:
+    """The params of a work folder, a model folder or a checkpoint, in the form of `abstract`.
+
+    `how` a checkpoint is verified: see `checkpoint`. Raises `ValueError` if there is none, or it
+    is of another model.
+    """
+    folder, checked = find(path, step=step, verify=how, say=say)
+    wanted, there = named(abstract), saved_shapes(folder)
+    same = all(x.dtype == wanted[n].dtype for n, x in there.items() if n in wanted)
+    fits = of_layers(there) == of_layers(wanted)
+    if not fits or (same and there.keys() == wanted.keys()):
+        how = "sizes" if checked else how
+        return storage.load(folder, {"params": abstract}, how)["params"]  # or what differs
+    if not checked:
+        verify(folder, how)
+    return assembled(abstract, _layers(folder, there, wanted))
+
+
+def saved_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name of each array of a checkpoint's params -> its shape and dtype."""
+    saved = storage.read(folder).trees.get("params", {})
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
+
+
+def places(shapes: Shapes) -> dict[str, tuple[str, int | None]]:
+    """Path of each array of one layer -> the array that holds it, and where in its stack.
+
+    The latter is None where layers are not stacked.
+    """
+    found: dict[str, tuple[str, int | None]] = {}
+    for name, leaf in shapes.items():
+        rest = name.removeprefix("blocks/")
+        if rest == name or rest.split("/")[0].isdecimal():
+            found[name] = name, None
+        else:
+            found |= {f"blocks/{i}/{rest}": (name, i) for i in range(leaf.shape[0])}
+    return found
+
+
+def of_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Path of each array of one layer -> its shape."""
+    cut = lambda shape, layer: shape if layer is None else shape[1:]
+    return {path: cut(shapes[name].shape, i) for path, (name, i) in places(shapes).items()}
+
+
+def assembled(abstract: Any, arrays: Iterable[tuple[str, jax.Array]]) -> Any:
+    """A tree like `abstract` of arrays that come by path, one layer's at a time.
+
+    Stacks are written in place, so that next to the tree there is one array more at most.
+    """
+    wanted = named(abstract)
+    where = places(wanted)
+    done: dict[str, jax.Array] = {}
+    for path, array in arrays:
+        name, layer = where[path]
+        leaf, layout = wanted[name], layout_of(wanted[name])
+        if layer is None:
+            fits = array.dtype == leaf.dtype and array.sharding == layout
+            done[name] = array if fits else _cast(leaf.dtype, layout)(array)
+        else:
+            stack = done.pop(name) if name in done else _zeros(leaf.shape, leaf.dtype, layout)
+            done[name] = _filled(layout)(stack, array, layer)
+        jax.block_until_ready(done[name])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [done[name] for name in wanted])
+
+
+def layout_of(leaf: jax.ShapeDtypeStruct, ndim: int = -1) -> jax.sharding.Sharding:
+    """The sharding of an array; with `ndim` that of one layer of it, or of a stack of such."""
+    layout = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    if ndim in (-1, leaf.ndim) or not isinstance(layout, NamedSharding):
+        return layout
+    spec = layout.spec[1:] if ndim < leaf.ndim else (None, *layout.spec)
+    return NamedSharding(layout.mesh, PartitionSpec(*spec))
+
+
+def _layers(folder: Path, there: Shapes, wanted: Shapes):
+    """Yields (path, array of one layer), some arrays read at a time."""
+    held, needed = places(there), places(wanted)
+    for names in _batches(there, held, needed):
+        structs = {}
+        paths = [path for path in held if held[path][0] in names]
+        for path in paths:
+            saved, leaf = there[held[path][0]], wanted[needed[path][0]]
+            layout = layout_of(leaf, saved.ndim)
+            structs[held[path][0]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=layout)
+        arrays = storage.load(folder, {"params": structs}, "sizes", part=True)["params"]
+        for path in paths:
+            name, layer = held[path]
+            yield path, arrays[name] if layer is None else arrays[name][layer]
+
+
+def _batches(there: Shapes, held, needed) -> Iterable[set[str]]:
+    """Names of saved arrays to read at one time; all that make up one stack are near each other."""
+    ordered = dict.fromkeys(held[p][0] for p in sorted(held, key=lambda path: needed[path][0]))
+    batch, size = set(), 0
+    for name in ordered:
+        batch.add(name)
+        size += there[name].size * there[name].dtype.itemsize
+        if size >= AT_ONCE:
+            yield batch
+            batch, size = set(), 0
+    if batch:
+        yield batch
+
+
+@functools.cache
+def _cast(dtype, layout):
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=layout)
+
+
+@functools.cache
+def _filled(layout):
+    """(stack, layer, number) -> the stack with that layer, in place."""
+
+    def fill(stack, layer, i):
+        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=layout)
+
+
+def _zeros(shape, dtype, layout):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=layout)()
