@@ -13,12 +13,16 @@ import numpy as np
 import optax
 
 from jaxlm import chips, flops, sharding
-from jaxlm.checkpoint import load_params
+from jaxlm.checkpoint.digest import named
 from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
+from jaxlm.hf import folder as hf
+from jaxlm.hf.load import load as load_hf
 from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.optim.build import build as build_optimizer
 from jaxlm.optim.state import state_shardings
+from jaxlm.params import load as load_params
+from jaxlm.params import of_layers
 from jaxlm.step import init_state, make_between, make_step
 
 
@@ -124,13 +128,15 @@ class Built(NamedTuple):
         return jax.jit(self.lm.init, out_shardings=layout)(key)
 
     def load(self, path: str):
-        """The params of a finished run or a checkpoint, laid out like ours."""
-        verify = self.run.checkpoint.verify
-        return load_params(Path(path).expanduser(), self.abstract.params, verify=verify)
+        """The params of a run, a checkpoint or a Hugging Face folder, laid out like ours."""
+        folder, wanted = Path(path).expanduser(), self.abstract.params
+        if hf.is_one(folder):
+            return load_hf(hf.open_folder(folder), wanted, self.run.model)
+        return load_params(folder, wanted, how=self.run.checkpoint.verify)
 
     def first_state(self) -> TrainState:
         """The state that a new run starts from."""
-        start = self.run.init.checkpoint
+        start = self.run.init.checkpoint or self.run.init.hf
         params = self.load(start) if start else self.new_params()
         method = dataclasses.replace(self.run.method, extras={})
         layout = jax.tree.map(lambda x: x.sharding, self.abstract)._replace(extras={})
@@ -174,7 +180,11 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     if run.method.wrap:
         tx = run.method.wrap(tx)
     tx = optax.with_extra_args_support(tx)
-    return Built(run, mesh, lm, tx, schedule, abstract_state(run, mesh, lm, tx), scorer)
+    abstract = abstract_state(run, mesh, lm, tx)
+    if run.init.hf:
+        source = hf.open_folder(Path(run.init.hf).expanduser())
+        hf.matched(source, of_layers(named(abstract.params)), model)
+    return Built(run, mesh, lm, tx, schedule, abstract, scorer)
 
 
 def kept_apart(run: Run) -> DecoderConfig:

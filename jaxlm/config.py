@@ -20,6 +20,9 @@ from jaxlm import methods
 from jaxlm.contract import Method, compose
 from jaxlm.data.prepare import DataSpec
 from jaxlm.data.sources import SourceSpec, parse_added
+from jaxlm.data.tokenizer import load as load_tokenizer
+from jaxlm.hf import folder as hf
+from jaxlm.hf.family import RUNTIME
 from jaxlm.models.transformer import DecoderConfig
 from jaxlm.optim.build import OptimizerSpec
 from jaxlm.sharding import MeshSpec, rows_divide_by
@@ -112,6 +115,13 @@ class ExpectSpec:
 @dataclasses.dataclass(frozen=True)
 class InitSpec:
     checkpoint: str = ""  # a work folder or checkpoint whose params the run starts from
+    hf: str = ""  # a Hugging Face folder to start from; its config.json says what the model is
+
+    def __post_init__(self):
+        if self.checkpoint and self.hf:
+            raise ValueError(
+                f"checkpoint={self.checkpoint!r} and hf={self.hf!r}: a run starts from one of them"
+            )
 
 
 GROUPS = {
@@ -235,6 +245,9 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
             f"config.eval.stride={c.eval.stride} would leave tokens unscored: it may be at most "
             f"config.data.length={c.data.length}"
         )
+    overrides = tuple(overrides)
+    if c.init.hf:
+        c = _with_model_of_hf(c, overrides)
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
     _check_best(c)
@@ -262,6 +275,30 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         changed=_changed(flat),
         overridden=tuple(key for key in overrides if not _is_free(key)),
     )
+
+
+def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
+    """The config with the model of `c.init.hf`, and its tokenizer unless another one is named."""
+    folder, usual = Path(c.init.hf).expanduser(), defaults()
+    found, family, _ = hf.options(folder)
+    by_hand = {
+        key: value
+        for key, value in c.model.items()
+        if key not in RUNTIME and (value != usual.model[key] or f"model.{key}" in overrides)
+    }
+    whole = {key: found.get(key, value) for key, value in _fields(DecoderConfig).items()}
+    if wrong := [f"{k}={v!r} (there {whole[k]!r})" for k, v in by_hand.items() if v != whole[k]]:
+        raise ValueError(
+            f"config.init.hf={c.init.hf!r} is a {family.model_type} whose config.json says "
+            f"otherwise than config.model: {', '.join(wrong)}; leave these keys out"
+        )
+    c = ml_collections.ConfigDict(c)
+    c.model.update({key: value for key, value in whole.items() if key not in RUNTIME})
+    if c.data.tokenizer == usual.data.tokenizer and "data.tokenizer" not in overrides:
+        c.data.tokenizer = str(folder)
+    if Path(c.data.tokenizer).expanduser().is_dir():
+        hf.require_rows(load_tokenizer(Path(c.data.tokenizer)), c.model.vocabulary, folder)
+    return c
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -309,6 +346,8 @@ def from_saved(flat: dict[str, Any]) -> Run:
         if groups[:2] == ["data", "mix"] and groups[2] not in c.data.mix:
             c.data.mix[groups[2]] = source()
         group = functools.reduce(lambda t, g: t[g], groups, c)
+        if key == "init.hf":
+            continue  # where the params came from; what the model is stands in its keys
         if last in group:
             group[last] = tuple(value) if isinstance(value, list) else value
     return check(c)

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ from jaxlm import __version__
 from jaxlm import config as configs
 from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.config import Run
+from jaxlm.data import tokenizer
+from jaxlm.hf import kept
 from jaxlm.host import cluster
 from jaxlm.models.transformer import parameter_count_by_part
 
@@ -115,7 +116,10 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     run, path = built.run, built.run.workdir / "run.json"
     if cluster.process() != 0:
         return
-    _copy_tokenizer(prepared.tokenizer_folder, run.workdir / "tokenizer")
+    tokenizer.copy(prepared.tokenizer_folder, run.workdir / "tokenizer")
+    if run.init.hf and not (run.workdir / "model.json").is_file():
+        source = Path(run.init.hf).expanduser()
+        kept.write(run.workdir, kept.of_hf(source, run.model))
     parts = parameter_count_by_part(built.abstract.params)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(
@@ -144,16 +148,6 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
             "expected": run.expect.figures(),
         },
     )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Only what a tokenizer is made of: the folder may hold a whole model."""
-    target.mkdir(exist_ok=True)
-    wanted = ("*token*.json", "*token*.model", "special_tokens_map.json", "vocab*", "merges*")
-    for path in {path for pattern in (*wanted, "*.jinja") for path in source.glob(pattern)}:
-        half = target / (path.name + ".tmp")
-        shutil.copyfile(path, half)
-        half.replace(target / path.name)
 
 
 def write_results(run: Run, results: dict[str, Any]) -> None:

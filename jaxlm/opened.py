@@ -4,7 +4,8 @@
     with jax.set_mesh(opened.mesh):
         hidden_BLD, _, _ = opened.lm.hidden(opened.params, batch)
 
-What can be opened: the work folder of a run.
+What can be opened: the work folder of a run, a folder that `jaxlm.convert` made, and a Hugging Face
+folder, whose tensors go onto the devices one by one.
 """
 
 import dataclasses
@@ -18,12 +19,16 @@ import jax
 from jaxlm import config as configs
 from jaxlm import sharding
 from jaxlm.build import build
-from jaxlm.checkpoint import load_params
 from jaxlm.contract import LM
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.hf import folder as hf
+from jaxlm.hf import kept
+from jaxlm.hf.load import load as load_hf
 from jaxlm.host import cluster
 from jaxlm.models.options import DecoderConfig
+from jaxlm.models.transformer import decoder
+from jaxlm.params import load as load_params
 from jaxlm.sharding import MeshSpec
 
 
@@ -56,7 +61,30 @@ def open_model(
     folder = Path(path).expanduser()
     if devices is None:
         devices = jax.devices() if cluster.several() else jax.devices()[:1]
-    return _run(folder, step, mesh or MeshSpec(), devices, say)
+    spec = mesh or MeshSpec()
+    if (folder / "run.json").is_file() or not (hf.is_one(folder) or kept.read(folder)):
+        return _run(folder, step, spec, devices, say)
+    if found := kept.read(folder):
+        load = lambda abstract: load_params(folder, abstract, step=step, say=say)
+        return _model(found.options, found.length, load, folder / "tokenizer", spec, devices)
+    source = hf.open_folder(folder)
+    for note in source.notes:
+        say(f"Note: {note}.")
+    load = lambda abstract: load_hf(source, abstract, source.options)
+    return _model(source.options, kept.length(source.config), load, folder, spec, devices)
+
+
+def _model(model, length, load, folder, spec, devices):
+    """Of options and a function from the params' shapes and layout to the params."""
+    tokenizer = tokenizers.load(folder)
+    hf.require_rows(tokenizer, model.vocabulary, folder)
+    with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
+        lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
+        shapes = jax.eval_shape(lm.init, jax.random.key(0))
+        where = sharding.param_shardings(lm.axes, shapes, mesh)
+        place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+        params = load(jax.tree.map(place, shapes, where))
+    return Opened(lm, params, tokenizer, model, mesh, length, folder.absolute())
 
 
 def _run(workdir, step, spec, devices, say):
@@ -65,7 +93,8 @@ def _run(workdir, step, spec, devices, say):
         saved = json.loads((workdir / "run.json").read_text())
     except (OSError, ValueError):
         raise ValueError(
-            f"{workdir} is no work folder of a run: it has no readable run.json"
+            f"{workdir} holds no model: neither the run.json of a run, nor what jaxlm.convert "
+            "makes (model.json), nor a Hugging Face model (config.json)"
         ) from None
     run = configs.from_saved(configs.flatten(saved["config"]))
     folder = workdir / "tokenizer"

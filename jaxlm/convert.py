@@ -1,0 +1,216 @@
+"""Hugging Face models to and from folders of jaxlm, on this machine: nothing is downloaded.
+
+    python -m jaxlm.convert from-hf HF_FOLDER OUT [--dtype=float32]
+    python -m jaxlm.convert to-hf FOLDER OUT [--dtype=bfloat16] [--step=N] [--shard_gb=5]
+
+from-hf reads a folder with config.json, safetensors and a tokenizer. OUT then serves as
+--checkpoint of jaxlm.generate and jaxlm.evaluate and as --config.init.checkpoint; training can
+start from the Hugging Face folder itself too, with --config.init.hf=HF_FOLDER.
+to-hf takes such a folder or the work folder of a run, and writes what
+AutoModelForCausalLM.from_pretrained(OUT) reads.
+
+Either way only some tensors are in memory at one time, and OUT appears when it is whole.
+"""
+
+from jaxlm.host import process
+
+process.start(__name__)
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm import params
+from jaxlm.checkpoint import find, storage
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.hf import export, folder, kept
+from jaxlm.hf.families import FAMILIES
+from jaxlm.hf.kept import Kept
+from jaxlm.hf.load import stream
+from jaxlm.host import cluster
+from jaxlm.models.options import DTYPES, DecoderConfig
+from jaxlm.models.transformer import decoder
+
+PART = 2**29  # bytes of arrays written at one time
+
+Say = Callable[[str], None]
+
+
+def from_hf(source: Path, out: Path, *, dtype: str = "", say: Say = print) -> None:
+    """A Hugging Face folder as one of ours. Raises `ValueError` for whatever is wrong."""
+    found = folder.open_folder(source)
+    for note in found.notes:
+        say(f"Note: {note}.")
+    options = found.options
+    if dtype:
+        options = dataclasses.replace(options, dtype=dtype, param_dtype=dtype)
+    abstract = _shapes(options)
+    with _new_folder(out) as half:
+        kept.write(half, kept.of_hf(source, options))
+        _take_tokenizer(source, half / "tokenizer", options, say)
+        about = {"from": str(source.absolute()), "config": dataclasses.asdict(options)}
+        parts = _parts(stream(found, abstract, options))
+        storage.save_in_parts(half / "checkpoints" / "0", "params", parts, about)
+
+
+def to_hf(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "",
+    step: int | None = None,
+    shard_bytes: int = 5 * 10**9,
+    say: Say = print,
+) -> None:
+    """One of our folders as a Hugging Face folder. Raises `ValueError` for whatever is wrong."""
+    place, _ = find(source, step=step, say=say)
+    shapes = params.saved_shapes(place)
+    model = _model(source, shapes)
+    family = FAMILIES[model.hf["model_type"]]
+
+    def load(names):
+        wanted = {"params": {name: shapes[name] for name in names}}
+        return storage.load(place, wanted, "sizes", part=True)["params"]
+
+    with _new_folder(out) as half:
+        export.write(
+            half, family, model.options, shapes, load, dtype=dtype, shard_bytes=shard_bytes
+        )
+        if (source / "tokenizer").is_dir():
+            tokenizers.copy(source / "tokenizer", half)
+        config = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "auto_map")}
+        config["dtype"] = dtype or str(next(iter(shapes.values())).dtype)
+        _write_json(half / "config.json", config)
+        if model.generation:
+            _write_json(half / "generation_config.json", model.generation)
+
+
+def _model(source: Path, shapes: params.Shapes) -> Kept:
+    """Options and config.json of a model folder or of a run."""
+    if found := kept.read(source):
+        return found
+    try:
+        saved = json.loads((source / "run.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{source} is neither a folder that from-hf made nor the work folder of a run: it has "
+            "no readable model.json or run.json"
+        ) from None
+    run = configs.from_saved(configs.flatten(saved["config"]))
+    vocabulary = shapes["embed/table"].shape[0]
+    options = dataclasses.replace(run.model, vocabulary=vocabulary)
+    tokenizer = tokenizers.load(source / "tokenizer")
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    length = {"max_position_embeddings": run.data.length}
+    config = length | export.family_of(options).config(options) | ids
+    return Kept(options, config, ids)
+
+
+def _shapes(options: DecoderConfig):
+    """Shapes of the params, one array a layer."""
+    plain = dataclasses.replace(options, scan_layers="off", attention="auto")
+    return jax.eval_shape(decoder(plain, "cpu").init, jax.random.key(0))
+
+
+def _parts(arrays: Iterator[tuple[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
+    """Arrays by name, some at a time."""
+    part: dict[str, jax.Array] = {}
+    for name, array in arrays:
+        part[name] = array
+        if sum(x.nbytes for x in part.values()) >= PART:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _take_tokenizer(source: Path, target: Path, options: DecoderConfig, say: Say) -> None:
+    tokenizers.copy(source, target)
+    if not any(target.iterdir()):
+        target.rmdir()
+        say("Note: the folder has no tokenizer; text cannot be written or scored without one.")
+        return
+    folder.require_rows(tokenizers.load(target, str(source)), options.vocabulary, source)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder next to `out` that takes its name when everything is in it, and is gone otherwise.
+
+    Raises `ValueError` if `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another name, or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f".{out.name}.half-", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error.strerror})") from None
+    try:
+        yield half
+        half.chmod(0o777 & ~_umask())  # a temporary folder is its maker's alone
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> int:
+    flags = _flags().parse_args()
+    if cluster.place():
+        raise ValueError("conversion runs in one process; start it on one host")
+    source, out = Path(flags.source).expanduser(), Path(flags.out).expanduser()
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    if flags.way == "from-hf":
+        from_hf(source, out, dtype=flags.dtype, say=say)
+        python = sys.executable
+        print(f"{out} is written. Try: {python} -m jaxlm.generate --checkpoint={out} --prompt=...")
+    else:
+        if not flags.shard_gb > 0:
+            raise ValueError(f"--shard_gb={flags.shard_gb} must be greater than 0")
+        size = round(flags.shard_gb * 10**9)
+        to_hf(source, out, dtype=flags.dtype, step=flags.step, shard_bytes=size, say=say)
+        print(f"{out} is written, for AutoModelForCausalLM.from_pretrained({str(out)!r}).")
+    return 0
+
+
+def _flags():
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxlm.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf")
+    for way, what in (("from-hf", "a Hugging Face folder"), ("to-hf", "a folder of jaxlm's")):
+        one = ways.add_parser(way, help=f"convert {what}")
+        one.add_argument("source", metavar="FOLDER", help=what)
+        one.add_argument("out", metavar="OUT", help="the folder to write; must not exist")
+        kinds = ("", *DTYPES)
+        one.add_argument("--dtype", default="", choices=kinds, help="of the tensors; as they are")
+        if way == "to-hf":
+            one.add_argument("--step", type=int, help="of the checkpoint; the newest")
+            one.add_argument("--shard_gb", type=float, default=5.0, help="a file holds, at most")
+    return parser
+
+
+if __name__ == "__main__":
+    process.run(main)

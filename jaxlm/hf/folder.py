@@ -1,0 +1,232 @@
+"""A Hugging Face folder: its config.json, its tensors, and what is wrong with it.
+
+Only safetensors are read, and no code that a folder brings is ever run.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.hf import tensors
+from jaxlm.hf.families import FAMILIES
+from jaxlm.hf.family import Family, Json, unread
+from jaxlm.hf.links import Link
+from jaxlm.hf.tensors import Spec, names_of
+from jaxlm.models.options import DecoderConfig
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Source(NamedTuple):
+    """A folder whose model we know."""
+
+    path: Path
+    config: Json  # config.json, as it is
+    family: Family
+    tensors: dict[str, Spec]
+
+    @property
+    def options(self) -> DecoderConfig:
+        """The model; dtypes are those of the file's tensors."""
+        kinds = [tensors.DTYPES[spec.code] for spec in self.tensors.values()]
+        dtype = str(max(set(kinds), key=kinds.count))
+        return DecoderConfig(**options(self.path)[0], dtype=dtype, param_dtype=dtype)
+
+    @property
+    def notes(self) -> list[str]:
+        """What somebody may want to know of what was not read."""
+        found = []
+        if "auto_map" in self.config:
+            found.append(
+                "config.json names code of the model's own (auto_map); it is not run, the model "
+                f"is taken for a {self.family.model_type}"
+            )
+        if keys := unread(self.family, self.config):
+            found.append(f"keys of config.json that have no meaning here: {names_of(keys)}")
+        return found
+
+
+def is_one(path: Path) -> bool:
+    """Whether that looks like a Hugging Face folder."""
+    return (path / "config.json").is_file()
+
+
+def options(path: Path) -> tuple[Json, Family, Json]:
+    """The model's options, its family and its config.json, without a look at the tensors.
+
+    Raises `ValueError` if it is no such folder, or a model that we cannot be.
+    """
+    config = _config(path)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{path} holds a model of the architecture {kind!r}, which is not known here; known "
+            f"are {', '.join(sorted(FAMILIES))}"
+        )
+    if config.get("quantization_config"):
+        how = config["quantization_config"].get("quant_method", "some method")
+        raise ValueError(
+            f"the tensors in {path} are quantized ({how}), which is not supported; take the "
+            "model's folder in float32, float16 or bfloat16"
+        )
+    family = FAMILIES[kind]
+    try:
+        return family.options(config), family, config
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def open_folder(path: Path) -> Source:
+    """Its config and the headers of its files. Raises `ValueError` for whatever is wrong."""
+    _, family, config = options(path)
+    found = _tensors(path)
+    return Source(path, config, family, _with_prefix(found, family))
+
+
+def require_rows(tokenizer: Any, vocabulary: int, path: Path) -> None:
+    """Raises `ValueError` if the model's embedding has no row for some token.
+
+    Rows that no token has are common: they fill the table up to a round number.
+    """
+    if tokenizer.vocabulary_size > vocabulary:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} tokens, and the "
+            f"embedding of {path} only {vocabulary:,} rows: they do not belong together"
+        )
+
+
+def _config(path: Path) -> Json:
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}")
+    if not is_one(path):
+        what = " but is a folder of jaxlm" if (path / "model.json").is_file() else ""
+        raise ValueError(f"{path} is no folder of a Hugging Face model: no config.json{what}")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        config["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}/config.json is not readable as a model's configuration: it has to be a JSON "
+            "object with a model_type"
+        ) from None
+    return config
+
+
+def _tensors(path: Path) -> dict[str, Spec]:
+    if (path / INDEX).is_file():
+        return _sharded(path)
+    if (path / SINGLE).is_file():
+        return tensors.specs(path / SINGLE)
+    if parts := sorted(path.glob("model-*-of-*.safetensors")):
+        raise ValueError(f"{path} has {parts[0].name} but no {INDEX}: copy or download that too")
+    if others := sorted([*path.glob("*.bin"), *path.glob("*.pt*"), *path.glob("*.h5")]):
+        raise ValueError(
+            f"{path} holds its tensors as {others[0].name}, which is read by running code in it; "
+            "only safetensors are read here. Whoever trusts it can convert it with torch: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise ValueError(f"{path} holds no tensors: neither {SINGLE} nor {INDEX}")
+
+
+def _sharded(path: Path) -> dict[str, Spec]:
+    try:
+        places: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path / INDEX} is not readable as an index of tensors") from None
+    if missing := [
+        file for file in files if Path(file).name != file or not (path / file).is_file()
+    ]:
+        raise ValueError(f"{path} lacks {names_of(missing)}, which {INDEX} names; download it too")
+    found: dict[str, Spec] = {}
+    for file in files:
+        found |= tensors.specs(path / file)
+    if lost := places.keys() - found.keys():
+        raise ValueError(
+            f"{path} is not whole: {INDEX} names tensors that no file holds: {names_of(lost)}"
+        )
+    return found
+
+
+def _with_prefix(found: dict[str, Spec], family: Family) -> dict[str, Spec]:
+    """The names as a model with a head has them: files of the bare model lack the prefix."""
+    if any(name.startswith(family.prefix) for name in found):
+        return found
+    bare = lambda name: not name.startswith("lm_head.") and not name.startswith("embed_out.")
+    return {(family.prefix if bare(name) else "") + name: spec for name, spec in found.items()}
+
+
+def matched(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], options: DecoderConfig
+) -> list[Link]:
+    """The links between our arrays and the tensors of the folder.
+
+    `shapes`: of our arrays by path, with "blocks/<layer>/". Raises `ValueError` that lists the
+    tensors that are missing, are of another shape, or have no place in the model.
+    """
+    links, nameless = source.family.links(list(shapes), options, source.tensors)
+    expected = their_shapes(links, shapes)
+    there = source.tensors
+    lines = []
+    if nameless:
+        lines.append(
+            f"arrays that a {source.family.model_type} has no tensor for: {names_of(nameless)}"
+        )
+    if missing := expected.keys() - there.keys():
+        lines.append(f"missing: {names_of(missing)}")
+    unknown = [
+        name
+        for name in there.keys() - expected.keys()
+        if not any(re.fullmatch(pattern, name) for pattern in source.family.harmless)
+    ]
+    if options.tied:
+        unknown = [name for name in unknown if not _is_the_table(source, name, links)]
+    if unknown:
+        lines.append(f"without a place in the model: {names_of(unknown)}")
+    if wrong := [
+        f"{name} {list(there[name].shape)} instead of {list(expected[name])}"
+        for name in sorted(expected.keys() & there.keys())
+        if there[name].shape != expected[name]
+    ]:
+        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        lines.append(f"of another shape: {', '.join(wrong[:12])}{more}")
+    floats = {"F64", "F32", "F16", "BF16"}
+    if odd := [
+        f"{n} ({there[n].code})" for n in expected if n in there and there[n].code not in floats
+    ]:
+        lines.append(f"neither float32, float16 nor bfloat16: {names_of(odd)}")
+    if lines:
+        raise ValueError(
+            f"the tensors in {source.path} are not those of its config.json "
+            f"({source.family.architecture}):\n  " + "\n  ".join(lines)
+        )
+    return links
+
+
+def their_shapes(
+    links: list[Link], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of theirs."""
+    found = {}
+    for link in links:
+        ours = [jax.ShapeDtypeStruct(shapes[path], np.float32) for path in link.ours]
+        theirs = jax.eval_shape(link.form.theirs, *ours)
+        found |= {name: x.shape for name, x in zip(link.theirs, theirs, strict=True)}
+    return found
+
+
+def _is_the_table(source: Source, name: str, links: list[Link]) -> bool:
+    """Whether a tensor is the head of a tied model, stored once more."""
+    table = next((link.theirs[0] for link in links if link.ours[0] == "embed/table"), None)
+    if name not in ("lm_head.weight", "embed_out.weight") or table not in source.tensors:
+        return False
+    head, embedding = tensors.view(source.tensors[name]), tensors.view(source.tensors[table])
+    return head.shape == embedding.shape and all(
+        np.array_equal(head[i : i + 4096], embedding[i : i + 4096], equal_nan=True)
+        for i in range(0, len(head), 4096)
+    )

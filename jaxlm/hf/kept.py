@@ -1,0 +1,69 @@
+"""`model.json`: what a folder of ours remembers of the Hugging Face model that it came from.
+
+It stands in the folders that `jaxlm.convert` makes, and in the work folders of runs that started
+from such a model, so that the way back gives the same config.json.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.checkpoint.digest import write_atomically
+from jaxlm.hf.family import Json
+from jaxlm.models.options import DecoderConfig
+
+FORMAT = 1
+
+
+class Kept(NamedTuple):
+    options: DecoderConfig
+    hf: Json  # config.json, as it was
+    generation: Json  # generation_config.json, as it was; {} if there was none
+
+    @property
+    def length(self) -> int:
+        return length(self.hf)
+
+
+def length(hf: Json) -> int:
+    """Tokens of context that a config.json speaks of."""
+    return hf.get("max_position_embeddings") or hf.get("n_positions") or 2048
+
+
+def write(folder: Path, kept: Kept) -> None:
+    content = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(kept.options),
+        "hf": kept.hf,
+        "generation": kept.generation,
+    }
+    write_atomically(folder / "model.json", json.dumps(content, indent=1))
+
+
+def read(folder: Path) -> Kept | None:
+    """None if there is no such file. Raises `ValueError` for one that cannot be read."""
+    path = folder / "model.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] > FORMAT:
+            raise ValueError(f"{path} was written by a newer jaxlm; upgrade jaxlm to read it")
+        known = {field.name for field in dataclasses.fields(DecoderConfig)}
+        if strange := content["model"].keys() - known:
+            raise ValueError(
+                f"{path} has options that this jaxlm does not know: {', '.join(sorted(strange))}"
+            )
+        return Kept(DecoderConfig(**content["model"]), content["hf"], content["generation"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not readable as what jaxlm writes of a model") from None
+
+
+def of_hf(folder: Path, options: DecoderConfig) -> Kept:
+    """What there is to remember of a Hugging Face folder."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text())
+    except (OSError, ValueError):
+        generation = {}
+    return Kept(options, json.loads((folder / "config.json").read_text()), generation)

@@ -1,0 +1,143 @@
+"""What is wrong with a Hugging Face folder is told in one sentence, tensors by name."""
+
+import json
+
+import numpy as np
+import pytest
+from cases import CASES, save
+from fake import shapes_of
+
+from jaxlm.convert import from_hf
+from jaxlm.hf import folder, tensors
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder that is right, and a function that writes its tensors anew from changed shapes."""
+    path, shapes = tmp_path / "hf", shapes_of(CASES["llama"])
+    save(path, CASES["llama"], shapes)
+
+    def change(**others):
+        for old in path.glob("*.safetensors*"):
+            old.unlink()
+        changed = {n: s for n, s in (shapes | others).items() if s is not None}
+        layout = {name: (shape, np.dtype(np.float32)) for name, shape in changed.items()}
+        with tensors.Writer(path, layout, 10**9) as writer:
+            for name, (shape, _) in layout.items():
+                writer.put(name, np.zeros(shape, np.float32))
+
+    return path, change
+
+
+def refusal(path, out):
+    with pytest.raises(ValueError, match=r"\w") as error:
+        from_hf(path, out, say=lambda text: None)
+    assert not out.exists()
+    assert list(out.parent.glob(f".{out.name}*")) == [], "half-written output is left"
+    return str(error.value)
+
+
+def edit(path, **keys):
+    config = json.loads((path / "config.json").read_text()) | keys
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(llama, tmp_path):
+    path, change = llama
+    change(
+        **{
+            "model.norm.weight": None,
+            "model.layers.0.mlp.odd.weight": (3,),
+            "model.layers.1.mlp.up_proj.weight": (3, 4),
+        }
+    )
+    said = refusal(path, tmp_path / "out")
+    assert "missing: model.norm.weight" in said
+    assert "without a place in the model: model.layers.0.mlp.odd.weight" in said
+    assert "model.layers.1.mlp.up_proj.weight [3, 4] instead of [48, 32]" in said
+
+
+def test_known_harmless_tensors_do_not_matter(llama, tmp_path):
+    path, change = llama
+    change(**{"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
+    from_hf(path, tmp_path / "out", say=lambda text: None)
+    assert (tmp_path / "out" / "model.json").is_file()
+
+
+def test_the_head_of_a_tied_model_may_be_stored_once_more_but_not_another_one(tmp_path):
+    config = CASES["llama, tied, one KV head"]
+    shapes = shapes_of(config)
+    table = shapes["model.embed_tokens.weight"]
+    save(tmp_path / "odd", config, shapes | {"lm_head.weight": table})
+    assert "without a place in the model: lm_head.weight" in refusal(
+        tmp_path / "odd", tmp_path / "out"
+    )
+    source = folder.open_folder(tmp_path / "odd")
+    same = source.tensors | {"lm_head.weight": source.tensors["model.embed_tokens.weight"]}
+    from jaxlm.checkpoint.digest import named
+    from jaxlm.convert import _shapes
+    from jaxlm.params import of_layers
+
+    wanted = of_layers(named(_shapes(source.options)))
+    folder.matched(source._replace(tensors=same), wanted, source.options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"model_type": "bert"}, "architecture 'bert', which is not known here; known are"),
+        ({"hidden_size": None}, "hidden_size=None, where a size has to stand"),
+        ({"hidden_act": "relu"}, "nonlinearity 'relu' of config.json is not known"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "are quantized (gptq)"),
+        ({"rope_scaling": {"type": "odd", "factor": 2.0}}, "rope_type='odd'"),
+    ],
+)
+def test_a_config_that_we_cannot_be_is_refused(llama, tmp_path, keys, said):
+    path, _ = llama
+    edit(path, **keys)
+    assert said in refusal(path, tmp_path / "out")
+
+
+def test_no_folder_no_config_no_tensors_pickles(llama, tmp_path):
+    path, _ = llama
+    out = tmp_path / "out"
+    assert "there is no folder" in refusal(tmp_path / "nowhere", out)
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert "pytorch_model.bin, which is read by running code" in refusal(path, out)
+    (path / "pytorch_model.bin").unlink()
+    assert "holds no tensors" in refusal(path, out)
+    (path / "config.json").write_text("{")
+    assert "config.json is not readable" in refusal(path, out)
+    (path / "config.json").unlink()
+    assert "no config.json" in refusal(path, out)
+
+
+def test_a_truncated_file_a_missing_shard_and_a_wrong_index_are_refused(tmp_path):
+    path, out = tmp_path / "hf", tmp_path / "out"
+    save(path, CASES["llama"], shapes_of(CASES["llama"]), shard_bytes=20_000)
+    first, second, *_ = sorted(path.glob("*.safetensors"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-5])
+    assert f"{first.name} is cut off" in refusal(path, out)
+    first.unlink()
+    assert f"lacks {first.name}" in refusal(path, out)
+    first.write_bytes(second.read_bytes())
+    assert "names tensors that no file holds" in refusal(path, out)
+    (path / folder.INDEX).unlink()
+    assert f"but no {folder.INDEX}" in refusal(path, out)
+
+
+def test_code_of_the_model_s_own_is_never_run(llama, tmp_path):
+    path, _ = llama
+    edit(path, auto_map={"AutoModelForCausalLM": "modeling_own.Own"}, my_key=3)
+    (path / "modeling_own.py").write_text("raise SystemExit('run')")
+    notes = []
+    from_hf(path, tmp_path / "out", say=notes.append)
+    assert any("is not run" in note for note in notes)
+    assert any("no meaning here: my_key" in note for note in notes)
+
+
+def test_what_exists_is_not_written_over(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        from_hf(llama[0], tmp_path / "out", say=lambda text: None)
