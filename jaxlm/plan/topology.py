@@ -3,8 +3,9 @@
 v5e:16x16     a slice of TPU chips: their own compiler is asked (libtpu, no TPU needed);
               --slices=2 takes two such slices, joined by the network
 gpu           the GPUs of this machine
-h100:8        GPUs that are not here: the program is cut up as for them, compiled for as many
-              CPU devices, and its memory is reckoned
+h100:8        GPUs that are not here: their own compiler is asked (JAX's CUDA plugin, and no GPU);
+              without it the program is cut up as for them and compiled for as many CPU devices, and
+              its memory is reckoned
 cpu:8         as many CPU devices of this process
 """
 
@@ -24,6 +25,7 @@ from jaxlm.chips import CHIPS, Chip, of_kind
 from jaxlm.flops import matmul_peak
 from jaxlm.host import flags as compiler_flags
 from jaxlm.host import process
+from jaxlm.plan import gpus
 
 # The shapes that each TPU is rented in and that its compiler knows, for messages.
 SHAPES = {"v4": "4x4x4", "v5e": "16x16", "v5p": "8x8x16", "v6e": "16x16"}
@@ -63,8 +65,13 @@ def prepare(name: str) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # which cannot read it back
         process.notes.extend(compiler_flags.use(process.cache_dir() / "flags", ["tpu"]))
     elif chip != "gpu" and shape.isdigit() and int(shape) > 0:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", int(shape))
+        if chip in gpus.ROWS and gpus.compiler_is_here():
+            jax.config.update("jax_enable_compilation_cache", False)
+            process.notes.extend(compiler_flags.use(process.cache_dir() / "flags", ["gpu"]))
+            with quiet():  # CUDA's libraries say that there is no driver
+                jax.devices()
 
 
 def resolve(name: str, slices: int = 1) -> Topology:
@@ -78,6 +85,13 @@ def resolve(name: str, slices: int = 1) -> Topology:
         return _gpus_here()
     if not shape.isdigit() or int(shape) < 1 or chip not in (*CHIPS, "cpu") or chip in SHAPES:
         raise _unknown(name)
+    if chip in CHIPS and gpus.compiler_is_here():
+        try:
+            with quiet():
+                return Topology(name, CHIPS[chip], gpus.devices(CHIPS[chip], int(shape)), ())
+        except Exception as error:  # ValueError, XlaRuntimeError, ...: it differs by version
+            said = str(error).strip().split("\n")[0][:200]
+            process.notes.append(f"CPUs stand in for {name}, as JAX's CUDA plugin says: {said}")
     devices = jax.devices("cpu")[: int(shape)]
     if len(devices) < int(shape):
         raise ValueError(f"--topology={name}: only {len(devices)} CPU devices could be made here")

@@ -15,6 +15,7 @@ FREE = {
     *("call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain"),
 }
 PRODUCTS = {"dot", "convolution"}
+CUBLAS = 'custom_call_target="__cublas'  # a product by NVIDIA's library
 SLICES = {"dynamic-slice", "gather", "slice"}
 
 
@@ -33,6 +34,7 @@ def traffic(program: Program) -> Traffic:
             if instruction.opcode not in FREE and not instruction.opcode.endswith("-done"):
                 inside = _inside(instruction, program)
                 products = any(i.opcode in PRODUCTS for i in (instruction, *inside))
+                products |= CUBLAS in instruction.attributes
                 moved = _moved(instruction, inside, by_name)
                 found[products] += program.runs[name] * moved
     return Traffic(found[True], found[False])
@@ -49,6 +51,9 @@ def _moved(instruction, inside, by_name):
         return 2 * _bytes(instruction)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _bytes(by_name[instruction.operands[1]])
+    if CUBLAS in instruction.attributes:  # its second result is a place to work in
+        written = sum(array.bytes for array in instruction.arrays[:1])
+        return written + sum(_bytes(by_name[n]) for n in instruction.operands)
     if not inside:
         return _bytes(instruction) + sum(_bytes(by_name[n]) for n in instruction.operands)
     of_inside = {i.name: i for i in inside}

@@ -12,11 +12,13 @@ import types
 import jax
 import pytest
 import tiny
+from jax.experimental import topologies
 
 from jaxlm.build import build
 from jaxlm.chips import CHIPS
 from jaxlm.config import check
-from jaxlm.plan import hlo, knobs, make, memory, reckon, roofline, sweep, topology
+from jaxlm.host import process
+from jaxlm.plan import gpus, hlo, knobs, make, memory, reckon, roofline, sweep, topology
 from jaxlm.plan.collectives import Collective, by_kind_and_axes
 from jaxlm.plan.program import compile_step
 from jaxlm.plan.traffic import Traffic, traffic
@@ -163,6 +165,20 @@ def test_traffic_by_hand():
     assert traffic(product).with_products >= 3 * 128 * 128 * 4
 
 
+CUBLAS = """
+ENTRY %main (x: bf16[4,8], w: bf16[8,2]) -> bf16[4,2] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,2]{1,0} parameter(1)
+  %gemm = (bf16[4,2]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm"
+  ROOT %y = bf16[4,2]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+
+
+def test_a_product_by_cublas_is_one_and_its_workspace_is_no_traffic():
+    assert traffic(hlo.parse(CUBLAS)) == Traffic(2 * (32 + 16 + 8), 0)
+
+
 def device(i, coords=(0, 0), slice_index=0):
     return types.SimpleNamespace(id=i, coords=coords, slice_index=slice_index)
 
@@ -228,24 +244,76 @@ def test_parameters_left_whole_are_refused():
     build(run(width=36, head_width=18, ffn_width=60), 256, jax.devices()[:4])
 
 
-@pytest.mark.slow
-def test_a_step_compiles_for_a_tpu_that_is_not_here():
-    """In a process of its own: two slices of four chips, with the axis data between them."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, the TPU's compiler, is not installed: pip install libtpu")
-    command = [
-        sys.executable,
-        "-m",
-        "jaxlm.plan",
-        f"--config={tiny.__file__}",
-        "--topology=v5e:2x2",
-    ]
-    command += ["--slices=2", "--config.mesh.data=2", "--config.model.vocabulary=256"]
-    command += ["--config.model.width=256", "--config.data.length=128", "--config.model.heads=2"]
+def test_without_their_compiler_cpus_stand_in_for_gpus(monkeypatch):
+    monkeypatch.setattr(gpus, "compiler_is_here", lambda: False)
+    found = topology.resolve("h100:4")
+    assert (found.platform, found.compiled_for_it) == ("gpu", False)
+    assert {d.platform for d in found.devices} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("h100-nvl:8", "not in the table"), ("h100:8", "no such plugin")]
+)
+def test_a_compiler_that_cannot_be_asked_is_told_and_cpus_stand_in(monkeypatch, name, said):
+    def refuse(**_):
+        raise RuntimeError("no such plugin")
+
+    monkeypatch.setattr(gpus, "compiler_is_here", lambda: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(process, "notes", [])
+    assert not topology.resolve(name).compiled_for_it
+    assert said in process.notes[0]
+
+
+@pytest.mark.parametrize(("count", "shape"), [(4, "1x1x4"), (8, "1x1x8"), (64, "1x8x8")])
+def test_gpus_are_described_with_their_hosts(monkeypatch, count, shape):
+    asked = {}
+    monkeypatch.setattr(
+        topologies,
+        "get_topology_desc",
+        lambda **keys: asked.update(keys) or types.SimpleNamespace(devices=[None] * count),
+    )
+    assert len(gpus.devices(CHIPS["b200"], count)) == count
+    assert asked["topology"] == shape
+    assert "major: 10 minor: 0" in asked["target_config"]
+    assert 'description_str: "NVIDIA B200"' in asked["target_config"]
+
+
+def test_gpus_that_leave_a_host_half_empty_are_not_described():
+    with pytest.raises(ValueError, match="12 GPUs are not whole hosts of 8"):
+        gpus.devices(CHIPS["h100"], 12)
+
+
+def plan_in_a_process(*arguments):
+    """What a plan of a toy prints."""
+    command = [sys.executable, "-m", "jaxlm.plan", f"--config={tiny.__file__}", *arguments]
+    command += ["--config.model.vocabulary=256", "--config.model.width=256"]
+    command += ["--config.data.length=128", "--config.model.heads=2"]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "8 × v5e in 2 slices, mesh data 2 × fsdp 4" in done.stdout
+    assert "compiled for these devices" in done.stdout
     assert "it fits" in done.stdout
     assert "all-gather" in done.stdout
-    assert "network" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_tpu_that_is_not_here():
+    """Two slices of four chips, with the axis data between them."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU's compiler, is not installed: pip install libtpu")
+    told = plan_in_a_process("--topology=v5e:2x2", "--slices=2", "--config.mesh.data=2")
+    assert "8 × v5e in 2 slices, mesh data 2 × fsdp 4" in told
+    assert "network" in told
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_gpus_that_are_not_here():
+    """With kernels of ours and 8-bit floats; gradients are scattered."""
+    if not gpus.compiler_is_here():
+        pytest.skip("a GPU's compiler is not installed: pip install 'jax[cuda12]'")
+    eight_bits = ("--config.model.quantize=fp8", "--config.model.dtype=bfloat16")
+    told = plan_in_a_process("--topology=h100:4", *eight_bits)
+    assert "4 × h100, mesh fsdp 4" in told
+    assert "reduce-scatter" in told
