@@ -11,7 +11,7 @@ that good programs reach (`REACHED`); the peak is not, so what is told is what t
 reach, and a run that stays below it has something else to look for.
 
 A torus gives a group all links of the dimensions along which its members differ, half of them where
-the slice does not close a ring there.
+its members do not close a ring there.
 """
 
 from typing import NamedTuple
@@ -77,9 +77,9 @@ def bandwidth(topology: Topology, devices: list) -> tuple[float, bool]:
 
 def _of_torus(chip, grid, devices):
     places = np.array([d.coords for d in devices])[:, : len(grid)]
-    dimensions = [len(set(along)) > 1 for along in places.T]
-    closed = [size % RING[chip.name] == 0 and size >= RING[chip.name] for size in grid]
-    share = sum(
-        (1.0 if ring else 0.5) for used, ring in zip(dimensions, closed, strict=True) if used
-    )
+    share = 0.0
+    for along, size in zip(places.T, grid, strict=True):
+        used = len(set(along.tolist()))
+        ring = used == size and size % RING[chip.name] == 0
+        share += (1.0 if ring else 0.5) * (used > 1)
     return chip.link * max(share, 0.5) / chip.torus

@@ -192,6 +192,8 @@ def test_times_by_hand():
     assert roofline.bandwidth(v5e, [device(0), device(1, slice_index=1)]) == (3.125e9, True)
     small = v5e._replace(grid=(4, 4))  # no ring
     assert roofline.bandwidth(small, square) == (100e9, False)
+    half = [device(i, (i // 16, i % 16)) for i in range(128)]  # a ring along one side only
+    assert roofline.bandwidth(v5e, half) == (150e9, False)
     node = topology.Topology("h100:16", CHIPS["h100"], [], ())
     assert roofline.bandwidth(node, [device(i) for i in range(8)]) == (450e9, False)
     assert roofline.bandwidth(node, [device(i) for i in range(16)]) == (50e9, True)
