@@ -194,6 +194,18 @@ def take_rows(table: jax.Array, ids: jax.Array, *logical: str | None) -> jax.Arr
     return constrain(table[ids], *logical)
 
 
+def left_to_the_compiler(fn, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`fn(*arrays)`, whose results lie as the arrays do, whatever it does in between.
+
+    For what has no layout worth naming: where axes are explicit they are automatic inside.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return fn(*arrays)
+    layouts = tuple(jax.typeof(x).sharding for x in arrays)
+    return jax.sharding.auto_axes(fn, out_sharding=layouts)(*arrays)
+
+
 def platform(mesh: Mesh) -> str:
     """The platform the mesh's devices belong to: `cpu`, `gpu` or `tpu`."""
     name: str = mesh.devices.flat[0].platform

@@ -6,6 +6,8 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.contract import compose
+from jaxlm.methods.learnability import learnability
 from jaxlm.methods.next_token import next_token
 from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.optim import OptimizerSpec
@@ -32,22 +34,27 @@ def batch():
         "weights": weights,
         "segments": segments,
         "positions": positions,
+        "source": np.zeros(ROWS, np.int32),
+        "index": np.arange(ROWS, dtype=np.int32),
     }
 
 
-def make(mesh_spec, *, explicit=False, **options):
+def make(mesh_spec, *, explicit=False, optimizer="adamw", selector=None, **options):
     """Mesh, first state and step."""
     mesh = sharding.make_mesh(mesh_spec, explicit=explicit)
     sizes = {"vocabulary": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2}
     attention = "xla" if mesh_spec.sequence == 1 else "auto"
     config = DecoderConfig(**sizes, scan_layers="on", attention=attention, **options)
     lm = decoder(config, "cpu", sequence=mesh_spec.sequence)
-    tx, _ = build_optimizer(OptimizerSpec(), 100, lm.axes)
-    method = next_token()
-    start = lambda key: init_state(lm.init(key), method, tx)
+    tx, _ = build_optimizer(OptimizerSpec(name=optimizer), 100, lm.axes)
+    method = compose(next_token(), selector) if selector else next_token()
+    other = lambda path: lm.init(jax.random.key(7))
+    start = lambda key: init_state(lm.init(key), method, tx, other)
     shapes = jax.eval_shape(start, jax.random.key(0))
+    params = sharding.param_shardings(lm.axes, shapes.params, mesh)
     layout = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)._replace(
-        params=sharding.param_shardings(lm.axes, shapes.params, mesh),
+        params=params,
+        extras=dict.fromkeys(shapes.extras, params),
         opt_state=state_shardings(tx, shapes.params, lm.axes, mesh),
     )
     key = jax.random.key(0)
@@ -66,12 +73,20 @@ def take(mesh, state, step, steps=2):
     return state, metrics
 
 
-# AdamW only: in Muon's iteration the compiler chooses the layouts of the products.
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [TENSOR, SEQUENCE], ids=["tensor", "sequence"])
-def test_explicit_axes_give_the_same_step(spec):
-    expected, metrics = take(*make(spec))
-    actual, typed = take(*make(spec, explicit=True))
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (TENSOR, {}),
+        (SEQUENCE, {}),
+        (TENSOR, {"optimizer": "muon"}),
+        (TENSOR, {"selector": learnability(filter_ratio=0.5, reference="other")}),
+    ],
+    ids=["tensor", "sequence", "muon", "learnability"],
+)
+def test_explicit_axes_give_the_same_step(spec, options):
+    expected, metrics = take(*make(spec, **options))
+    actual, typed = take(*make(spec, explicit=True, **options))
     np.testing.assert_allclose(typed["loss"], metrics["loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)

@@ -21,6 +21,7 @@ S rows of the super-batch, B = S / oversample rows that are kept, L positions.
 import jax
 import jax.numpy as jnp
 
+from jaxlm import sharding
 from jaxlm.contract import Extra, Method
 from jaxlm.methods.likelihood import token_logprobs
 
@@ -46,15 +47,17 @@ def learnability(*, filter_ratio: float = 0.8, reference: str = "", noise: float
         drawn_S = score_S + noise * jax.random.gumbel(key, score_S.shape) if noise else score_S
         empty_S = batch["weights"].sum(-1) == 0  # padding rows come last
         keep = score_S.size // oversample
-        _, rows_B = jax.lax.top_k(jnp.where(empty_S, -jnp.inf, drawn_S), keep)
+        order_S = jnp.where(empty_S, -jnp.inf, drawn_S)
+        _, rows_B = jax.lax.top_k(sharding.constrain(order_S, None), keep)  # of all devices' rows
         rows_B = jnp.sort(rows_B)
         metrics = {
-            "select/learnability": score_S[rows_B].mean(),
+            "select/learnability": sharding.take_rows(score_S, rows_B, "batch").mean(),
             "select/learnability_of_all": score_S.mean(),
             "select/learner_loss_of_all": learner_S.mean(),
             "select/reference_loss_of_all": reference_S.mean(),
         }
-        return {name: x[rows_B] for name, x in batch.items()}, metrics
+        take = lambda x: sharding.take_rows(x, rows_B, "batch", *(None,) * (x.ndim - 1))
+        return jax.tree.map(take, dict(batch)), metrics
 
     def load_reference(params, load):
         del params

@@ -11,11 +11,15 @@ is amplified about 12 times by the next, and the fewer digits of TF32 or bfloat1
 R rows, C columns of a matrix, R <= C inside; N matrices of a stack.
 """
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxlm import sharding
 
 STEPS = 5
 STACK = 2**24  # numbers in a stack, about; larger ones only take memory
@@ -92,14 +96,20 @@ def _product(x, y):
 def _in_stacks(tree, layouts, eps):
     """`orthogonalize` of every matrix of a tree, those of one shape and layout together."""
     leaves, treedef = jax.tree.flatten(tree)
+    one_stack = functools.partial(_orthogonalized, eps)
     for members in _stacks(leaves, treedef.flatten_up_to(layouts)):
-        matrix = leaves[members[0]].shape[-2:]
-        parts = [leaves[i].reshape(-1, *matrix) for i in members]
-        done, end = orthogonalize(jnp.concatenate(parts), eps), 0
-        for i, part in zip(members, parts, strict=True):
-            end += len(part)
-            leaves[i] = done[end - len(part) : end].reshape(leaves[i].shape)
+        done = sharding.left_to_the_compiler(one_stack, *(leaves[i] for i in members))
+        for i, leaf in zip(members, done, strict=True):
+            leaves[i] = leaf
     return treedef.unflatten(leaves)
+
+
+def _orthogonalized(eps, *leaves):
+    """Kernels of one shape, each alone or a stack, as one stack."""
+    parts = [leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
+    ends = list(itertools.accumulate(map(len, parts)))
+    done = jnp.split(orthogonalize(jnp.concatenate(parts), eps), ends[:-1])
+    return tuple(part.reshape(leaf.shape) for part, leaf in zip(done, leaves, strict=True))
 
 
 def _stacks(leaves, layouts):
