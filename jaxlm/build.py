@@ -84,7 +84,10 @@ class Built(NamedTuple):
         Nothing is counted that is computed twice to save memory, and of attention's products only
         the visible share: what a query may see of its row, taken as one document.
         """
-        total, attention = self.plain_flops("none")
+        return self.needed(*self.plain_flops("none"))
+
+    def needed(self, total: int, attention: int) -> int:
+        """Of FLOPs with attention's whole square in them, those without what no query may see."""
         windows = [kind.window for kind in self.run.model.kinds]
         unseen = 1 - flops.mean_visible_share(self.run.data.length, windows)
         return total - round(unseen * attention)

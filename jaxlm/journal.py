@@ -32,7 +32,7 @@ class Journal:
         tokens_per_step: int,
         chars_per_token,
         flops_per_step: float,
-        peak_flops: float,
+        peak_flops_of_all: float,  # devices
         learning_rates,
         minutes: float,
         weights,
@@ -40,7 +40,7 @@ class Journal:
         self.console, self.writer, self.clock = console, writer, clock
         self.start, self.steps, self.every, self.minutes = start, steps, every, minutes
         self.tokens_per_step, self.chars_per_token = tokens_per_step, chars_per_token
-        self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
+        self.flops_per_step, self.peak_flops_of_all = flops_per_step, peak_flops_of_all
         self.learning_rates, self.weights = learning_rates, weights
         # What the run decides by changes at steps that no clock chooses: the same in all processes.
         self.skipped_in_row, self._worst = 0, 0  # updates, at most, in the last `every` steps
@@ -108,7 +108,7 @@ class Journal:
             "tokens": step * self.tokens_per_step,
             "learning_rate": float(self.learning_rates[step - 1]),
             "tokens_per_second": speed,
-            "peak_fraction": self.flops_per_step / seconds / self.peak_flops,
+            "peak_fraction": self.flops_per_step / seconds / self.peak_flops_of_all,
             "skipped": int(plain.pop("skipped")),
             **plain,
             **self.weights(step),

@@ -8,6 +8,7 @@ compiling ahead of time for a TPU, the process itself runs on a CPU.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -203,7 +204,8 @@ def left_to_the_compiler(fn, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     if mesh.empty or not mesh.are_all_axes_explicit:
         return fn(*arrays)
     layouts = tuple(jax.typeof(x).sharding for x in arrays)
-    return jax.sharding.auto_axes(fn, out_sharding=layouts)(*arrays)
+    inside: Callable = jax.sharding.auto_axes(fn, out_sharding=layouts)
+    return inside(*arrays)
 
 
 def platform(mesh: Mesh) -> str:

@@ -127,7 +127,7 @@ def _train(
         tokens_per_step=run.batch * run.data.length,
         chars_per_token=summary.chars_per_token(run, prepared),
         flops_per_step=flops,
-        peak_flops=peak[0] * jax.device_count(),
+        peak_flops_of_all=peak[0] * jax.device_count(),
         learning_rates=np.asarray(jax.vmap(built.schedule)(jnp.arange(run.steps))),
         minutes=run.expect.minutes,
         weights=summary.weights(run, prepared),

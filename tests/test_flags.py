@@ -9,7 +9,6 @@ import pytest
 from jaxlm.host import flags, hardware
 
 NAMES = [flag.name for flag in flags.SETS["gpu"].flags]
-VERSION = (0, 10, 2)
 
 
 @pytest.fixture
@@ -69,19 +68,12 @@ def test_the_users_flags_stay_and_win(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", theirs)
     flags.use(tmp_path)
     assert os.environ["XLA_FLAGS"] == theirs
-    value, _ = flags.merged("gpu", {"XLA_FLAGS": theirs}, set(NAMES), VERSION)
+    value, _ = flags.merged("gpu", {"XLA_FLAGS": theirs}, set(NAMES))
     assert value is not None
     assert value.endswith(" " + theirs)
     assert value.count(NAMES[0] + "=") == 1
-    from_file = flags.merged("gpu", {"XLA_FLAGS": "flags.txt"}, set(NAMES), VERSION)
+    from_file = flags.merged("gpu", {"XLA_FLAGS": "flags.txt"}, set(NAMES))
     assert from_file == (None, []), "a value without a dash names a file of flags"
-
-
-def test_versions_choose_the_set(monkeypatch):
-    old, new = flags.Flag("a", 1, until=(0, 11)), flags.Flag("b", 1, since=(0, 11))
-    monkeypatch.setitem(flags.SETS, "gpu", flags.Set("XLA_FLAGS", (old, new)))
-    assert flags.chosen("gpu", (0, 10, 9)) == [old]
-    assert flags.chosen("gpu", (0, 11)) == [new]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +101,7 @@ def test_xla_agrees_with_what_its_library_was_read_to_know(tmp_path):
     (library,) = flags.libraries("gpu")[:1]
     known = flags.known_flags([library], [*NAMES, removed], tmp_path)
     assert known == set(NAMES), "the set holds a flag that this jaxlib does not know"
-    value, _ = flags.merged("gpu", {}, known, VERSION)
+    value, _ = flags.merged("gpu", {}, known)
     assert value is not None
     good = _start(XLA_FLAGS=value)
     assert good.returncode == 0, good.stderr
@@ -121,7 +113,7 @@ def test_xla_agrees_with_what_its_library_was_read_to_know(tmp_path):
 def test_libtpu_agrees_too(tmp_path):
     names = [flag.name for flag in flags.SETS["tpu"].flags]
     assert flags.known_flags(flags.libraries("tpu"), names, tmp_path) == set(names)
-    value, _ = flags.merged("tpu", {}, set(names), VERSION)
+    value, _ = flags.merged("tpu", {}, set(names))
     assert value is not None
     compile_for = (
         "from jax.experimental import topologies;"

@@ -14,7 +14,6 @@ The sets are others' advice for large models (sources below); none was measured 
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import mmap
@@ -33,8 +32,6 @@ MIB = 2**20
 class Flag(NamedTuple):
     name: str
     value: str | int
-    since: tuple[int, ...] = (0,)  # jaxlib versions: since <= version < until
-    until: tuple[int, ...] = (1000,)
 
 
 class Set(NamedTuple):
@@ -92,9 +89,9 @@ def use(cache: Path, platforms: Iterable[str] | None = None) -> list[str]:
         if not found:
             notes.append(f"no compiler flags for the {platform}: no library found that reads them")
             continue
-        wanted = [flag.name for flag in chosen(platform, _jaxlib())]
+        wanted = [flag.name for flag in SETS[platform].flags]
         known = known_flags(found, wanted, cache)
-        value, dropped = merged(platform, os.environ, known, _jaxlib())
+        value, dropped = merged(platform, os.environ, known)
         if value is not None:
             os.environ[SETS[platform].variable] = value
         if dropped:
@@ -117,20 +114,15 @@ def present() -> list[str]:
     return found
 
 
-def chosen(platform: str, jaxlib: tuple[int, ...]) -> list[Flag]:
-    """The set of a platform for that version of jaxlib."""
-    return [flag for flag in SETS[platform].flags if flag.since <= jaxlib < flag.until]
-
-
 def merged(
-    platform: str, environ: Mapping[str, str], known: set[str], jaxlib: tuple[int, ...]
+    platform: str, environ: Mapping[str, str], known: set[str]
 ) -> tuple[str | None, list[str]]:
     """(the variable's new value, or None to leave it alone; the names that are not known)."""
     given = environ.get(SETS[platform].variable, "").strip()
     if given and not given.startswith("-"):
         return None, []  # the name of a file that holds the flags
     theirs = set(re.findall(r"--?(\w+)", given))
-    ours = [flag for flag in chosen(platform, jaxlib) if flag.name not in theirs]
+    ours = [flag for flag in SETS[platform].flags if flag.name not in theirs]
     dropped = [flag.name for flag in ours if flag.name not in known]
     text = " ".join(f"--{flag.name}={flag.value}" for flag in ours if flag.name in known)
     return (f"{text} {given}".strip() if text else None), dropped
@@ -186,10 +178,3 @@ def _folders(module):
         if spec := importlib.util.find_spec(module):
             return [Path(folder) for folder in spec.submodule_search_locations or []]
     return []
-
-
-def _jaxlib():
-    """jaxlib's version, as numbers."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return tuple(int(n) for n in re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3])
-    return (0,)

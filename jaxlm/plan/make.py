@@ -77,7 +77,7 @@ def step_flops(built: Built, kernel: bool | None = None) -> tuple[int, float]:
     seen = mean_visible_share(run.data.length, [kind.window for kind in run.model.kinds])
     plain, plain_attention = built.plain_flops("none")
     total, attention = built.plain_flops(run.model.remat)
-    model = plain - round((1 - seen) * plain_attention)
+    model = built.needed(plain, plain_attention)
     if not (memory.flash(built) if kernel is None else kernel):
         return model, total
     return model, total - attention + seen * (attention + plain_attention / 6)
