@@ -30,6 +30,7 @@ LOGICAL = {
     # of parameters only
     "embed": "fsdp",
     "positions": None,
+    "experts": None,  # each device has a slice of all, by "embed" and "ffn"
     "layers": None,
     "norm": None,
 }

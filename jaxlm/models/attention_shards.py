@@ -34,9 +34,9 @@ def on_each_device(
     if mesh.empty or (mesh.size == 1 and not mesh.are_all_axes_explicit):
         return attend(query_BLHK, key_BLGK, value_BLGK, *tokens_BL)
     B, L, H, _ = query_BLHK.shape
-    rows = _axes(mesh, "batch", B)
-    length = _axes(mesh, "length", L) if split_length else None
-    heads = _axes(mesh, "heads", H)
+    rows = axes_of(mesh, "batch", B)
+    length = axes_of(mesh, "length", L) if split_length else None
+    heads = axes_of(mesh, "heads", H)
     if heads:
         ways = math.prod(mesh.shape[axis] for axis in heads)
         key_BLGK, value_BLGK = (_enough_heads(x, ways, H) for x in (key_BLGK, value_BLGK))
@@ -52,12 +52,12 @@ def tokens_on_each_device(fn: Callable[[jax.Array], jax.Array], x_BLD: jax.Array
     """`fn` of each device's own rows and positions."""
     mesh = jax.sharding.get_abstract_mesh()
     B, L, _ = x_BLD.shape
-    spec = PartitionSpec(_axes(mesh, "batch", B), _axes(mesh, "length", L), None)
+    spec = PartitionSpec(axes_of(mesh, "batch", B), axes_of(mesh, "length", L), None)
     return jax.shard_map(fn, in_specs=spec, out_specs=spec)(x_BLD)
 
 
-def _axes(mesh, logical, size):
-    """The mesh axes of a logical one, if together they divide that size."""
+def axes_of(mesh, logical, size):
+    """The mesh axes of a logical one, if together they divide that size; else None."""
     axes = LOGICAL[logical]
     axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if a in mesh.shape)
     ways = math.prod(mesh.shape[axis] for axis in axes)

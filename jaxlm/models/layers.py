@@ -39,6 +39,7 @@ KERNEL_AXES = {
     "gate": ("embed", "ffn"),
     "up": ("embed", "ffn"),
     "down": ("ffn", "embed"),
+    "router": ("embed", "experts"),
     "head": ("embed", "vocabulary"),
 }
 
@@ -54,9 +55,13 @@ class Context(NamedTuple):
     past: Places | None = None  # of what the blocks remember
 
 
-def truncated_normal(variance: float, fan: Literal["fan_in", "fan_out"] = "fan_in"):
+def truncated_normal(
+    variance: float, fan: Literal["fan_in", "fan_out"] = "fan_in", *, batch_axis=()
+):
     """Initializer with that variance over the fan, cut at two standard deviations."""
-    return jax.nn.initializers.variance_scaling(variance, fan, "truncated_normal")
+    return jax.nn.initializers.variance_scaling(
+        variance, fan, "truncated_normal", batch_axis=batch_axis
+    )
 
 
 def soft_cap(x, cap: float):
@@ -175,7 +180,10 @@ class SelfAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU and its kin (arXiv 2002.05202), or the plain two-kernel form."""
+    """SwiGLU and its kin (arXiv 2002.05202), or the plain two-kernel form.
+
+    Returns the output, its taps, and nothing about experts (`experts.Mixture`).
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F, bias = config.width, config.ffn_width, config.bias or config.mlp_bias
@@ -194,7 +202,7 @@ class FeedForward(nnx.Module):
             gate_BLF, taps["gate"] = self.gate(x_BLD, context.mask_BL)
             inner_BLF = self.nonlinearity(gate_BLF) * inner_BLF
         y_BLD, taps["down"] = self.down(inner_BLF, context.mask_BL)
-        return y_BLD, taps
+        return y_BLD, taps, None
 
 
 def gathered(param: nnx.Param, dtype, *logical):

@@ -60,6 +60,11 @@ class DecoderConfig:
     head_width: int = 0  # 0 = width / heads
     ffn_width: int = 0  # 0 = 8/3 · width rounded up to 64 with a gate, else 4 · width
     activation: str = "swiglu"  # a name of ACTIVATIONS
+    experts: int = 0  # feed-forwards, of which each token takes a few; 0 = one for all
+    experts_per_token: int = 2
+    router_balance: float = (
+        0.0  # weight of the loss that makes experts equally used (Mixtral: 0.02)
+    )
     qkv_bias: bool = False  # on query, key and value only (Qwen 2)
     attention_bias: bool = False  # on all four kernels of attention
     mlp_bias: bool = False
@@ -133,6 +138,7 @@ def resolve(
     pattern.is_local(config.layer_pattern, 0)
     _refuse_signs(config)
     _refuse_heads(config)
+    _refuse_experts(config)
     gated = ACTIVATIONS[config.activation][1]
     ffn_width = -(-8 * config.width // (3 * 64)) * 64 if gated else 4 * config.width
     scan = "on" if platform == "tpu" else "off"
@@ -183,6 +189,7 @@ def _refuse_signs(config):
         "window",
         "loss_chunk",
         "learned_positions",
+        "experts",
     ):
         if getattr(config, key) < 0:
             raise ValueError(
@@ -194,6 +201,7 @@ def _refuse_signs(config):
         "logit_soft_cap",
         "attention_scale",
         "local_rope_theta",
+        "router_balance",
     ):
         if getattr(config, key) < 0:
             raise ValueError(
@@ -211,6 +219,23 @@ def _refuse_signs(config):
         raise ValueError(
             f"config.model.rotary_fraction is {config.rotary_fraction}, and cannot be above 1: it "
             "is a share of the units of a head."
+        )
+
+
+def _refuse_experts(config):
+    if not config.experts:
+        return
+    if not 1 <= config.experts_per_token <= config.experts:
+        raise ValueError(
+            f"config.model.experts_per_token is {config.experts_per_token}; it has to be from 1 to "
+            f"config.model.experts = {config.experts}."
+        )
+    if config.bias or config.mlp_bias:
+        raise ValueError("config.model.experts have no biases: set bias and mlp_bias to False.")
+    if config.quantize != "off":
+        raise ValueError(
+            f"config.model.quantize is {config.quantize!r}, which the kernels of experts are not "
+            "made for: set it to 'off'."
         )
 
 

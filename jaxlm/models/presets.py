@@ -2,7 +2,8 @@
 
 A preset is what differs from the defaults of `DecoderConfig`. The vocabulary stays with the
 tokenizer. `tests/models/test_options.py` holds each against the parameter count it is known by.
-Positions turn as in plain RoPE: the longer contexts of Llama 3.1 rescale them, which is not here.
+Positions turn as in plain RoPE; the longer contexts of Llama 3.1 take
+rope_scaling="llama3 factor=8 length=8192" (Llama 3.2 1B: factor=32).
 """
 
 # Width of the heads: 64 is faster than 32 on a CPU, and so are few layers of few kernels.

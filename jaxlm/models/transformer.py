@@ -5,7 +5,7 @@ Letters: B batch, L length, D width, V vocabulary.
 Params are a plain dict:
   embed/table [V, D], embed/positions [N, D] where positions are learned
   blocks/…/attention_norm, attention/{query, key, value, output}, attention_post_norm, and the same
-  of mlp/{gate, up, down}
+  of mlp/{gate, up, down}, or of mlp/router and mlp/experts/{gate, up, down} [E, in, out]
   final_norm/scale, head/kernel [D, V] unless tied
 Scanned, each leaf of `blocks` has a leading layer axis; else there is one dict per layer, named
 "0", "1", ... . The numbers are the same: `stack_layers` and `unstack_layers` go between the two.
@@ -18,7 +18,7 @@ stream, with a scale near 1, drowns the token's own embedding.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, cache, layers, lookup, pattern, rope
+from jaxlm.models import attention_ring, cache, experts, layers, lookup, pattern, rope
 from jaxlm.models.masks import Places, document_lengths
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 from jaxlm.models.products import float32_product
@@ -34,11 +34,18 @@ from jaxlm.models.products import float32_product
 __all__ = ["DecoderConfig", "decoder", "parameter_count_by_part", "stack_layers", "unstack_layers"]
 
 
+class Beside(NamedTuple):
+    """What a block gives next to its output."""
+
+    taps: Any
+    routed: experts.Routed | None  # how tokens went to experts
+    new: cache.Memory  # what is to be remembered of them
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(·)): of the sum, or of x when parallel.
 
-    Norms stand before both parts, after them, or on both sides. Returns it with its taps, and with
-    what is to be remembered of it (`cache`).
+    Norms stand before both parts, after them, or on both sides.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -48,7 +55,8 @@ class Block(nnx.Module):
         self.attention = layers.SelfAttention(config, rngs)
         self.attention_post_norm = norm(after)
         self.mlp_norm = norm(before)
-        self.mlp = layers.FeedForward(config, rngs)
+        feed_forward = experts.Mixture if config.experts else layers.FeedForward
+        self.mlp = feed_forward(config, rngs)
         self.mlp_post_norm = norm(after)
         self.parallel = config.parallel_residual
 
@@ -59,9 +67,9 @@ class Block(nnx.Module):
         between_BLD = x_BLD + _normed(self.attention_post_norm, mixed_BLD)
         mlp_input_BLD = _normed(self.mlp_norm, x_BLD if self.parallel else between_BLD)
         with jax.named_scope("mlp"):
-            fed_BLD, mlp_taps = self.mlp(mlp_input_BLD, context)
+            fed_BLD, mlp_taps, routed = self.mlp(mlp_input_BLD, context)
         y_BLD = between_BLD + _normed(self.mlp_post_norm, fed_BLD)
-        return y_BLD, {"attention": attention_taps, "mlp": mlp_taps}, new
+        return y_BLD, Beside({"attention": attention_taps, "mlp": mlp_taps}, routed, new)
 
 
 def _normed(norm, x):
@@ -149,23 +157,28 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
         contexts = _contexts(config, batch)
 
         def block(kind, x_BLD, block_params):
-            x_BLD, taps, _ = block_of(block_params)(x_BLD, contexts[kind])
-            return sharding.constrain(x_BLD, "batch", "length", "width"), taps
+            x_BLD, beside = block_of(block_params)(x_BLD, contexts[kind])
+            x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
+            return x_BLD, (beside.taps, beside.routed)
 
         with jax.named_scope("embedding"):
             x_BLD = ends.embed(batch["tokens"], batch["positions"])
         of_kind = lambda kind: rematerialized(functools.partial(block, kind), config)
-        x_BLD, taps = pattern.through(of_kind, config.kinds, x_BLD, scanned, params["blocks"])
+        x_BLD, beside = pattern.through(of_kind, config.kinds, x_BLD, scanned, params["blocks"])
         x_BLD = ends.final_norm(x_BLD)
-        return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, {}
+        taps, routed = _apart(beside, scanned)
+        penalties = {}
+        if routed is not None and config.router_balance:
+            penalties = {"load_balance": config.router_balance * experts.load_balance(routed)}
+        return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, penalties
 
     def remembered(params, batch, past=None):
         ends = ends_of(_without_blocks(params))
         contexts = _contexts(config, batch, past and past.places)
 
         def block(kind, x_BLD, block_params, *memory):
-            x_BLD, _, new = block_of(block_params)(x_BLD, contexts[kind], *memory)
-            return sharding.constrain(x_BLD, "batch", "length", "width"), new
+            x_BLD, beside = block_of(block_params)(x_BLD, contexts[kind], *memory)
+            return sharding.constrain(x_BLD, "batch", "length", "width"), beside.new
 
         parts = [params["blocks"], *([past.blocks] if past else [])]
         x_BLD = ends.embed(batch["tokens"], batch["positions"])
@@ -244,6 +257,15 @@ def parameter_count_by_part(params: Any) -> dict[str, int]:
     return counts
 
 
+def _apart(beside, scanned):
+    """Taps in the form of the blocks, and how their tokens went to experts, all layers together."""
+    if scanned:
+        taps, routed = beside
+        return taps, jax.tree.map(lambda leaf: leaf.sum(axis=0), routed)
+    taps = {i: taps for i, (taps, _) in beside.items()}
+    return taps, jax.tree.map(lambda *leaves: sum(leaves), *(r for _, r in beside.values()))
+
+
 def _contexts(config, batch, past=None):
     """What the blocks of each kind read of a batch; `past`: where stands what they remember."""
     places = Places(batch["segments"], batch["positions"])
@@ -272,6 +294,7 @@ def _axes(path, scanned):
     else:
         axes = layers.KERNEL_AXES[parents[-1]]
         axes = axes[1:] if kind == "bias" else axes
+        axes = ("experts", *axes) if "experts" in parents else axes
     return ("layers", *axes) if scanned and parents[0] == "blocks" else axes
 
 

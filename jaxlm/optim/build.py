@@ -82,9 +82,10 @@ def build(spec: OptimizerSpec, steps: int, axes: Any):
 
 
 def is_matrix(names: tuple) -> bool:
-    """Whether Muon takes a parameter with these logical axes: a matrix, one a layer if stacked,
-    that is neither embedding (of tokens or positions) nor head."""
-    names = names[1:] if names[:1] == ("layers",) else names
+    """Whether Muon takes a parameter with these logical axes: a matrix, one a layer if stacked and
+    one an expert if there are such, that is neither embedding (of tokens or positions) nor head."""
+    for batch in ("layers", "experts"):
+        names = names[1:] if names[:1] == (batch,) else names
     return len(names) == 2 and not {"vocabulary", "positions"} & set(names)
 
 

@@ -152,7 +152,8 @@ def block_kernels(model: DecoderConfig) -> int:
     """Numbers in the kernels of one block of a resolved model."""
     inner, keys = model.heads * model.head_width, model.kv_heads * model.head_width
     kernels = 3 if ACTIVATIONS[model.activation][1] else 2
-    return model.width * (2 * inner + 2 * keys + kernels * model.ffn_width)
+    each = kernels * max(model.experts, 1) * model.ffn_width + model.experts
+    return model.width * (2 * inner + 2 * keys + each)
 
 
 def _itemsize(dtype):

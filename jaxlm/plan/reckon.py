@@ -58,7 +58,8 @@ def traffic(run: Run, sizes: dict[str, int]) -> float:
     """Bytes of memory traffic of one device apart from matrix products."""
     model, rows, length = share_of_one(run, sizes)
     size = 4 if model.dtype == "float32" else 2
-    wide = 2 * model.width + 2 * model.heads * model.head_width + 2 * model.ffn_width
+    inner = model.ffn_width * (model.experts_per_token if model.experts else 1)
+    wide = 2 * model.width + 2 * model.heads * model.head_width + 2 * inner
     block = rows * length * model.layers * wide * size * PASSES
     state = 28 * sum(parameters(run)) / (sizes["fsdp"] * sizes["tensor"])
     logits = 4 * 6 * rows * length * model.vocabulary

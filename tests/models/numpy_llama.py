@@ -68,6 +68,27 @@ def _attention(p, x, config, kind, taps):
 
 
 def _feed_forward(p, x, config, taps):
+    if not config.experts:
+        return _dense_feed_forward(p, x, config, taps)
+    weights = np.exp(_dense(p, "router", x, taps))
+    weights /= weights.sum(axis=1, keepdims=True)
+    out, by_expert = np.zeros_like(x), []
+    for expert in range(config.experts):
+        here = {name: {"kernel": p["experts"][name]["kernel"][expert]} for name in p["experts"]}
+        rank = (weights > weights[:, [expert]]).sum(axis=1)
+        chose = rank < config.experts_per_token
+        best = -np.sort(-weights[chose], axis=1)[:, : config.experts_per_token]
+        by_expert.append({})
+        fed = _dense_feed_forward(here, x[chose], config, by_expert[-1])
+        out[chose] += fed * (weights[chose, expert] / best.sum(axis=1))[:, None]
+    taps["experts"] = {
+        name: {"kernel": np.stack([found[name]["kernel"] for found in by_expert])}
+        for name in by_expert[0]
+    }
+    return out
+
+
+def _dense_feed_forward(p, x, config, taps):
     up = _dense(p, "up", x, taps)
     if config.activation in ("gelu", "gelu_exact"):
         return _dense(p, "down", _gelu(up, config.activation == "gelu_exact"), taps)

@@ -47,6 +47,15 @@ OPTIONS = {
     "scanned": {"scan_layers": "on"},
     "window and soft caps": {"window": 4, "attention_soft_cap": 2.0, "logit_soft_cap": 3.0},
     "one key head, scanned": {"kv_heads": 1, "scan_layers": "on", "window": 6, "bias": True},
+    "layers of two kinds, scanned": {
+        "layers": 3,
+        "window": 4,
+        "layer_pattern": "local global",
+        "local_rope_theta": 50.0,
+        "scan_layers": "on",
+    },
+    "learned positions": {"learned_positions": 12, "norm": "layer", "attention_scale": 0.3},
+    "experts": {"experts": 4, "ffn_width": 48, "rotary_fraction": 0.5, "scan_layers": "on"},
     "parallel": {"parallel_residual": True, "qk_norm": True, "kv_heads": 4, "head_width": 6},
 }
 

@@ -108,6 +108,17 @@ def test_kv_heads_and_vocabulary_need_not_divide_by_the_mesh():
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+MIXTURE = {"experts": 3, "ffn_width": 48, "vocabulary": 64, "router_balance": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "explicit"), [(TENSOR, False), (SEQUENCE, False), (TENSOR, True)])
+def test_experts_on_eight_devices(spec, explicit):
+    backend = "xla" if spec.sequence == 1 else "auto"
+    config = toy(scan_layers="on", attention=backend, **MIXTURE)
+    assert_eight_equal_one(config, spec, explicit)
+
+
 @pytest.mark.slow
 def test_other_positions_and_norms_on_eight_devices():
     config = toy(**OPTIONS, **GPT_2, norm_place="both", qk_norm_over="width")
@@ -125,5 +136,7 @@ def test_parameters_are_counted_by_part():
     }
     _, params, _ = build(toy(**GPT_2, norm_place="both"))
     counts = parameter_count_by_part(params)
+    _, mixture, _ = build(toy(**MIXTURE))
+    assert parameter_count_by_part(mixture)["mlp"] == 2 * (32 * 3 + 3 * 3 * 32 * 48)
     assert counts["norms"] == 2 * 4 * (32 + 32) + 32 + 32
     assert counts["embedding"] == 61 * 32 + 16 * 32

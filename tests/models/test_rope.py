@@ -52,6 +52,7 @@ def test_scaling_leaves_what_it_should():
     assert np.all(turned("dynamic factor=2 length=16", 17)[1:] < plain[1:])
 
 
+@pytest.mark.slow
 def test_dynamic_angles_follow_each_document():
     """One longer than the context changes nothing for its neighbour in the row."""
     _, params, logits = build(toy(rope_scaling="dynamic factor=2 length=5"))

@@ -38,14 +38,14 @@ def shaken(params):
 
 
 def loss_of(lm):
-    """(params, batch) -> summed negative log-likelihood of the batch's targets, and the taps."""
+    """(params, batch) -> summed negative log-likelihood of the targets and penalties; the taps."""
 
     def loss(params, batch):
-        hidden, taps, _ = lm.hidden(params, batch)
+        hidden, taps, penalties = lm.hidden(params, batch)
         logprobs = jax.nn.log_softmax(lm.unembed(params, hidden))
         hit = jax.nn.one_hot(batch["targets"], logprobs.shape[-1], dtype=bool)
         real = (batch["segments"] > 0)[..., None]
-        return -jnp.sum(jnp.where(hit & real, logprobs, 0.0)), taps
+        return sum(penalties.values(), -jnp.sum(jnp.where(hit & real, logprobs, 0.0))), taps
 
     return loss
 

@@ -46,8 +46,9 @@ def close(a, b, **tolerance):
 
 def test_muon_takes_kernels_of_blocks_only():
     matrices = [("embed", "heads"), ("layers", "ffn", "embed")]
+    matrices += [("experts", "embed", "ffn"), ("layers", "experts", "embed", "ffn")]
     others = [("norm",), ("layers", "norm"), ("embed", "vocabulary"), ("positions", "embed")]
-    assert [is_matrix(names) for names in matrices + others] == [True] * 2 + [False] * 4
+    assert [is_matrix(names) for names in matrices + others] == [True] * 4 + [False] * 4
 
 
 def test_adamw_is_optax_adamw_with_its_mask():
