@@ -175,6 +175,40 @@ ENTRY %main (x: bf16[4,8], w: bf16[8,2]) -> bf16[4,2] {
 """
 
 
+NESTED = """
+%inner (s: f32[80,4,4], i: s32[]) -> f32[4,4] {
+  %s = f32[80,4,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,4,4]{2,1,0} dynamic-slice(%s, %i, %zero, %zero), dynamic_slice_sizes={1,4,4}
+  ROOT %b = f32[4,4]{1,0} bitcast(%slice)
+}
+
+%outer (t: f32[80,4,4], j: s32[], w: f32[4,4]) -> f32[4,4] {
+  %t = f32[80,4,4]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %w = f32[4,4]{1,0} parameter(2)
+  %x = f32[4,4]{1,0} fusion(%t, %j), kind=kLoop, calls=%inner
+  ROOT %y = f32[4,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (t: f32[80,4,4], j: s32[], w: f32[4,4]) -> f32[4,4] {
+  %t = f32[80,4,4]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %w = f32[4,4]{1,0} parameter(2)
+  %start = (f32[4,4]{1,0:S(1)}, f32[4,4]{1,0}, u32[]) copy-start(%w)
+  %near = f32[4,4]{1,0:S(1)} copy-done(%start)
+  ROOT %z = f32[4,4]{1,0} fusion(%t, %j, %near), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_in_a_fusion_slices_is_not_read_whole():
+    """One layer of 80 is read and one result written; the weights come by a copy to the chip."""
+    one = 4 * 4 * 4
+    assert traffic(hlo.parse(NESTED)) == Traffic(one + 4 + one, one)
+
+
 def test_a_product_by_cublas_is_one_and_its_workspace_is_no_traffic():
     assert traffic(hlo.parse(CUBLAS)) == Traffic(2 * (32 + 16 + 8), 0)
 
