@@ -94,3 +94,18 @@ def test_a_longer_row_is_no_other_program():
         _, cache = extend(params, {k: v[:, i : i + 1] for k, v in ragged().items()}, cache)
     assert int(cache.used) == 12
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("scan", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_a_loop_over_tokens_copies_no_cache(scan):
+    lm, params, _ = build(toy(scan_layers=scan, layers=3))
+    one = {k: jnp.zeros((4, 1), jnp.int32) for k in READ}
+    _, cache = jax.eval_shape(lambda p: lm.begin(p, one, 4096), params)
+
+    def loop(params, cache):
+        return jax.lax.fori_loop(0, 9, lambda i, cache: lm.extend(params, one, cache)[1], cache)
+
+    compiled = jax.jit(loop, donate_argnums=1).lower(params, cache).compile()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.blocks))
+    # A scan over layers has the part of one of them apart on a CPU, which also reads it as floats.
+    assert compiled.memory_analysis().temp_size_in_bytes < size * (0.1 if scan == "off" else 0.5)
