@@ -125,11 +125,35 @@ def test_a_finished_run_says_so(home, whole):
 
 def test_generate_continues_a_prompt(home, whole):
     flags = (f"--workdir={home / 'whole'}", "--prompt=no", "--tokens=8")
-    one = run(home, "", *flags, module="generate")
+    one, again = (generated(run(home, "", *flags, module="generate")) for _ in range(2))
     assert one.startswith("no")
     assert len(one) > 3
-    assert run(home, "", *flags, module="generate") == one
+    assert again == one
     assert "no work folder" in run(home, "", "--workdir=/nowhere", module="generate", code=1)
+
+
+def test_generate_reads_and_writes_files(home, whole):
+    asked, written = home / "asked.jsonl", home / "written.jsonl"
+    asked.write_text('{"prompt": "def"}\n{"prompt": "The function"}\n')
+    flags = (f"--checkpoint={home / 'whole'}", f"--prompts={asked}", f"--output={written}")
+    flags = (*flags, "--samples=2", "--tokens=6", "--top_p=0.9", "--stop=\n\n", "--logprobs")
+    run(home, "", *flags, module="generate")
+    found = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["prompt"] for row in found] == ["def", "def", "The function", "The function"]
+    assert [row["seed"] for row in found] == [0, 1, 0, 1]
+    for row in found:
+        assert len(row["logprobs"]) == len(row["ids"]) <= 6
+        assert row["finish"] in ("stop", "length")
+        assert "\n\n" not in row["text"]
+    long = ("--prompt=" + "many words " * 500, "--tokens=2", f"--checkpoint={home / 'whole'}")
+    assert "keep its end only" in run(home, "", *long, module="generate", code=1)
+    out = run(home, "", *long, "--keep_end", module="generate")
+    assert generated(out).startswith("many words")
+
+
+def generated(out):
+    """The text; on a slow machine it stands behind what is said while JAX is loading."""
+    return "".join(line for line in out.splitlines(True) if "loading JAX" not in line)
 
 
 def test_another_config_in_the_same_folder_is_refused(home, whole):

@@ -1,0 +1,86 @@
+"""Prompts from files and conversations, and what is wrong with them in one sentence."""
+
+import json
+
+import pytest
+
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.generate.prompts import ChatTemplate, Prompt, encoded, end_tokens, from_file
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'nobody' %}"
+    "{{ raise_exception('who is nobody?') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of the tokenizer whose ids are bytes; bos is 256 and eos 257."""
+    tokenizers.save_byte(tmp_path)
+    return tmp_path
+
+
+def with_template(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+
+
+def test_lines_of_text(tmp_path):
+    path = tmp_path / "asked.txt"
+    path.write_text("one\n two €\n\n")
+    assert from_file(path) == [Prompt("one"), Prompt(" two €"), Prompt("")]
+
+
+def test_lines_of_json(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    messages = [{"role": "user", "content": "hi"}]
+    rows = {"prompt": "a\nb", "more": 1}, {"messages": messages}
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    assert from_file(path) == [Prompt("a\nb"), Prompt(messages=messages)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "a"}\n{"prompt"', "asked.jsonl:2 is no JSON"),
+        ("[1]", "asked.jsonl:1 has neither"),
+        ('{"prompt": 1}', "neither a prompt, a text, nor messages"),
+        ('{"messages": []}', "neither"),
+        ('{"messages": [{"role": "user"}]}', "neither"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path, text, words):
+    (tmp_path / "asked.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        from_file(tmp_path / "asked.jsonl")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        from_file(tmp_path / "asked.txt")
+
+
+def test_texts_begin_with_bos_and_end_where_the_folder_says(folder):
+    tokenizer = tokenizers.load(folder)
+    assert encoded([Prompt("ab"), Prompt("")], tokenizer, folder) == [[256, 97, 98], [256]]
+    assert end_tokens(tokenizer, folder) == {257}
+    for ends in (10, [10, 257]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert end_tokens(tokenizer, folder) == {10, 257}
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_through_the_template(folder):
+    tokenizer = tokenizers.load(folder)
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatTemplate(folder)
+    with_template(folder)
+    said = Prompt(messages=[{"role": "user", "content": "hi"}])
+    first, second = encoded([said, Prompt("x")], tokenizer, folder)
+    assert first == [256, *b"[user]hi[assistant]"]
+    assert second == [256, *b"x"]
+    nobody = Prompt(messages=[{"role": "nobody", "content": "hi"}])
+    with pytest.raises(ValueError, match="refuses these messages: who is nobody"):
+        encoded([nobody], tokenizer, folder)
