@@ -292,7 +292,7 @@ def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
             f"config.init.hf={c.init.hf!r} is a {family.model_type} whose config.json says "
             f"otherwise than config.model: {', '.join(wrong)}; leave these keys out"
         )
-    c = ml_collections.ConfigDict(c)
+    c = c.copy_and_resolve_references()
     c.model.update({key: value for key, value in whole.items() if key not in RUNTIME})
     if c.data.tokenizer == usual.data.tokenizer and "data.tokenizer" not in overrides:
         c.data.tokenizer = str(folder)

@@ -35,6 +35,7 @@ from jaxlm.checkpoint import find, storage
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import export, folder, kept
 from jaxlm.hf.families import FAMILIES
+from jaxlm.hf.family import whole
 from jaxlm.hf.kept import Kept
 from jaxlm.hf.load import stream
 from jaxlm.host import cluster
@@ -112,7 +113,7 @@ def _model(source: Path, shapes: params.Shapes) -> Kept:
     tokenizer = tokenizers.load(source / "tokenizer")
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     length = {"max_position_embeddings": run.data.length}
-    config = length | export.family_of(options).config(options) | ids
+    config = length | export.family_of(options).config(whole(options)) | ids
     return Kept(options, config, ids)
 
 

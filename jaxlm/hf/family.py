@@ -27,8 +27,8 @@ class Family(NamedTuple):
     options: Callable[[Json], Json]
     """config.json -> fields of `DecoderConfig`. Raises `ValueError` for what we cannot be."""
     config: Callable[[DecoderConfig], Json]
-    """The opposite: keys of config.json. What they cannot say is left out, and noticed by whoever
-    reads them back."""
+    """The opposite, of `whole` options: keys of config.json. What they cannot say is left out, and
+    noticed by whoever reads them back."""
     links: Callable[[list[str], DecoderConfig, Collection[str]], tuple[list[Link], list[str]]]
     """(our paths, options, names that a file has) -> links, and the paths it has no name for."""
     reads: frozenset[str]
@@ -59,12 +59,23 @@ def unread(family: Family, config: Mapping[str, Any]) -> list[str]:
     return sorted(key for key, value in config.items() if key not in known and value is not None)
 
 
+def whole(config: DecoderConfig) -> DecoderConfig:
+    """With what zeros stand for filled in, and nothing said of how it is run."""
+    plain = {f.name: f.default for f in dataclasses.fields(DecoderConfig) if f.name in RUNTIME}
+    return resolve(dataclasses.replace(config, **plain), "cpu", packed=False)
+
+
 def canonical(config: DecoderConfig) -> Json:
     """The options that say what a model is, each in one spelling."""
-    plain = {f.name: f.default for f in dataclasses.fields(DecoderConfig) if f.name in RUNTIME}
-    resolved = resolve(dataclasses.replace(config, **plain), "cpu", packed=False)
+    resolved = whole(config)
     found = {k: v for k, v in dataclasses.asdict(resolved).items() if k not in RUNTIME}
     found["rope_scaling"] = rope.parse(resolved.rope_scaling)
+    kinds = resolved.kinds
+    found["window"] = tuple(kind.window for kind in kinds)
+    found["local_rope_theta"] = tuple(
+        (kind.rope_theta, rope.parse(kind.rope_scaling)) for kind in kinds
+    )
+    del found["layer_pattern"]
     found["attention_scale"] = resolved.attention_scale or resolved.head_width**-0.5
     bias = found.pop("bias")
     found["mlp_bias"] |= bias
@@ -77,7 +88,7 @@ def differences(family: Family, config: DecoderConfig) -> list[str]:
     """The options that a config.json of this family cannot say, in words."""
     wanted = canonical(config)
     try:
-        said = canonical(DecoderConfig(**family.options(family.config(config))))
+        said = canonical(DecoderConfig(**family.options(family.config(whole(config)))))
     except ValueError as error:
         return [str(error)]
     return [

@@ -172,29 +172,27 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
             penalties = {"load_balance": config.router_balance * experts.load_balance(routed)}
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, penalties
 
-    def remembered(params, batch, memory=(), slots=None):
+    def remembered(params, batch, past=None):
         ends = ends_of(_without_blocks(params))
-        contexts = _contexts(config, batch, slots)
+        contexts = _contexts(config, batch, past and past.places)
 
         def block(kind, x_BLD, block_params, *memory):
             x_BLD, beside = block_of(block_params)(x_BLD, contexts[kind], *memory)
             return sharding.constrain(x_BLD, "batch", "length", "width"), beside.new
 
-        parts = params["blocks"], *memory
+        parts = [params["blocks"], *([past.blocks] if past else [])]
         x_BLD = ends.embed(batch["tokens"], batch["positions"])
         of_kind = lambda kind: functools.partial(block, kind)
         x_BLD, new = pattern.through(of_kind, config.kinds, x_BLD, scanned, *parts)
-        return ends.final_norm(x_BLD), new
+        return ends.final_norm(x_BLD), (new, Places(batch["segments"], batch["positions"]))
 
     def begin(params, batch, length):
         hidden_BLD, new = remembered(params, batch)
-        return hidden_BLD, cache.begin(new, Places(batch["segments"], batch["positions"]), length)
+        return hidden_BLD, cache.begin(*new, length)
 
     def extend(params, batch, past):
-        here = Places(batch["segments"], batch["positions"])
-        slots = cache.slots(past, here, write=not scanned)
-        hidden_BLD, new = remembered(params, batch, [past.blocks], slots)
-        return hidden_BLD, cache.extended(past, new, here, slots)
+        hidden_BLD, new = remembered(params, batch, past)
+        return hidden_BLD, cache.write(past, *new)
 
     def head(params):
         ends = ends_of(_without_blocks(params))

@@ -73,6 +73,32 @@ _GPT2: Json = {
 }
 
 
+_GEMMA: Json = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 7,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": None,
+}
+_GEMMA3: Json = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 3,
+}
+
+
 def _rope(kind: str, **numbers: Any) -> Json:
     """In the form of transformers 5."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **numbers}}
@@ -105,8 +131,34 @@ CASES: dict[str, Json] = {
     ),
     "mistral": _other("mistral", "MistralForCausalLM", sliding_window=7),
     "qwen2": _other("qwen2", "Qwen2ForCausalLM", tie_word_embeddings=True),
+    "qwen2, window from a layer on": _other(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
     "qwen3": _other("qwen3", "Qwen3ForCausalLM", head_dim=12, rope_theta=1e6),
+    "mixtral": _other(
+        "mixtral",
+        "MixtralForCausalLM",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.0,
+        rope_theta=1e6,
+    ),
     "olmo2": _other("olmo2", "Olmo2ForCausalLM", pad_token_id=None),
+    "gemma2": _GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+    "gemma3": _GEMMA | _GEMMA3 | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "gemma3, in the form of transformers 5": _GEMMA
+    | _GEMMA3
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        "layer_types": ["full_attention", *["sliding_attention"] * 2],
+    },
     "gpt_neox": _NEOX,
     "gpt_neox, one after the other": _NEOX
     | {"use_parallel_residual": False, "tie_word_embeddings": True, "rotary_pct": 1.0},
@@ -120,13 +172,14 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     noise = rng.standard_normal(shape, np.float32)
     is_scale = ("norm" in name or "ln_" in name) and name.endswith("weight")
+    # Gemma's scales are stored less one; near 1 they do as well.
     return 1 + 0.2 * noise if is_scale else 0.2 * noise
 
 
 def texts(vocabulary: int = VOCABULARY) -> list[np.ndarray]:
-    """Tokens of some documents, longer and shorter ones."""
+    """Tokens of some documents, by length: torch's dynamic RoPE remembers the longest one."""
     rng = np.random.default_rng(0)
-    return [rng.integers(1, vocabulary, length) for length in (40, 23, 9)]
+    return [rng.integers(1, vocabulary, length) for length in (9, 23, 40)]
 
 
 def save(folder: Path, config: Json, shapes: dict[str, tuple[int, ...]], shard_bytes=10**9) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import CASES, draw, save
 from fake import shapes_of
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxlm import params
 from jaxlm.checkpoint import Checkpoints
@@ -111,6 +111,30 @@ def test_tensors_go_straight_onto_a_mesh(source, ours, scan):
     for tree in (load.load(found, abstract, model), params.load(ours, abstract)):
         assert jax.tree.map(lambda x: x.sharding, tree) == where
         jax.tree.map(np.testing.assert_array_equal, tree, params_of(ours, scan))
+
+
+def test_experts_in_one_tensor_are_those_of_many(tmp_path):
+    config = CASES["mixtral"]
+    shapes = shapes_of(config)
+    save(tmp_path / "each", config, shapes)
+    layers = "model.layers.{}.".format
+    whole = files(tmp_path / "each")
+    for i in range(2):
+        old, new = layers(i) + "block_sparse_moe.", layers(i) + "mlp."
+        part = lambda e, name, old=old: whole.pop(f"{old}experts.{e}.{name}.weight")
+        gates, downs, ups = (np.stack([part(e, n) for e in range(4)]) for n in ("w1", "w2", "w3"))
+        whole[new + "experts.gate_up_proj"] = np.concatenate([gates, ups], axis=1)
+        whole[new + "experts.down_proj"] = downs
+        whole[new + "gate.weight"] = whole.pop(old + "gate.weight")
+    shutil.copytree(tmp_path / "each", tmp_path / "all")
+    save_file(whole, tmp_path / "all" / "model.safetensors")
+    for name in ("each", "all"):
+        from_hf(tmp_path / name, tmp_path / f"our {name}", **quiet)
+    one, two = params_of(tmp_path / "our each"), params_of(tmp_path / "our all")
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    up = one["blocks"]["1"]["mlp"]["experts"]["up"]["kernel"]
+    drawn = draw("model.layers.1.block_sparse_moe.experts.3.w3.weight", (48, 32))
+    np.testing.assert_array_equal(up[3], drawn.T)
 
 
 def test_another_dtype_is_that_of_all_tensors(source, tmp_path):

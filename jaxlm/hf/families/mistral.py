@@ -1,13 +1,14 @@
 """Mistral: a Llama whose layers may see only the last `sliding_window` positions."""
 
-from jaxlm.hf import common
+from jaxlm.hf import common, pattern
 from jaxlm.hf.families import llama
 from jaxlm.hf.family import Family, Json
 from jaxlm.models.options import DecoderConfig
 
 
 def options(hf: Json) -> Json:
-    return common.shape(hf) | {"window": hf.get("sliding_window") or 0}
+    window = hf.get("sliding_window", 4096)
+    return common.shape(hf) | pattern.options(window, pattern.local(hf, [True]))
 
 
 def config(c: DecoderConfig) -> Json:
@@ -22,6 +23,6 @@ FAMILY = Family(
     options,
     config,
     llama.links,
-    common.SHAPE_KEYS | {"sliding_window"},
+    common.SHAPE_KEYS | {"sliding_window", "layer_types"},
     (llama.ROTARY,),
 )

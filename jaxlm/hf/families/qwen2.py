@@ -1,6 +1,6 @@
 """Qwen 2 and 2.5: a Llama with biases on query, key and value; some with a window."""
 
-from jaxlm.hf import common
+from jaxlm.hf import common, pattern
 from jaxlm.hf.families import llama
 from jaxlm.hf.family import Family, Json
 from jaxlm.models.options import DecoderConfig
@@ -12,27 +12,21 @@ WINDOW_KEYS = frozenset(
 
 def window(hf: Json) -> Json:
     """Layers from `max_window_layers` on have the window, or those that `layer_types` names."""
-    width = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    layers = hf["num_hidden_layers"]
-    sliding = [width is not None and i >= hf.get("max_window_layers", 28) for i in range(layers)]
-    if hf.get("layer_types"):
-        sliding = [kind == "sliding_attention" for kind in hf["layer_types"]]
-    if not any(sliding):
-        return {}
-    if not all(sliding):
-        raise ValueError(
-            f"a window from layer {sliding.index(True)} on (config.json: max_window_layers, "
-            "layer_types) is not supported, only one of all layers or of none"
-        )
-    return {"window": width}
+    width = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    first = hf.get("max_window_layers", 28)
+    return pattern.options(
+        width, pattern.local(hf, [i >= first for i in range(hf["num_hidden_layers"])])
+    )
 
 
 def window_config(c: DecoderConfig) -> Json:
     """The same as keys of config.json."""
+    types = pattern.types(c)
     return {
-        "use_sliding_window": bool(c.window),
+        "use_sliding_window": pattern.SLIDING in types,
         "sliding_window": c.window or None,
-        "max_window_layers": 0 if c.window else c.layers,
+        "max_window_layers": types.index(pattern.SLIDING) if pattern.SLIDING in types else c.layers,
+        "layer_types": types,
     }
 
 

@@ -1,0 +1,33 @@
+"""Which layers have a window: `layer_types` in a config.json, `layer_pattern` in our options."""
+
+import itertools
+from typing import Any
+
+from jaxlm.models.options import DecoderConfig
+
+Json = dict[str, Any]
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def options(window: int | None, local: list[bool]) -> Json:
+    """Our options, from the window and which layers have it."""
+    if not window or not any(local):
+        return {"window": 0}
+    if all(local):
+        return {"window": window}
+    again = lambda period: all(one == local[i % period] for i, one in enumerate(local))
+    cycle = local[: next(period for period in range(1, len(local) + 1) if again(period))]
+    runs = [(one, len(list(run))) for one, run in itertools.groupby(cycle)]
+    texts = [("local" if one else "global") + (f"*{n}" if n > 1 else "") for one, n in runs]
+    return {"window": window, "layer_pattern": " ".join(texts)}
+
+
+def local(hf: Json, otherwise: list[bool]) -> list[bool]:
+    """Which layers have the window: as `layer_types` says, if there are such."""
+    return [kind == SLIDING for kind in hf["layer_types"]] if hf.get("layer_types") else otherwise
+
+
+def types(c: DecoderConfig) -> list[str]:
+    """`layer_types`."""
+    return [SLIDING if kind.window else FULL for kind in c.kinds]

@@ -1,0 +1,142 @@
+"""Logits and gradients of our model on the same documents in several layouts, for comparisons.
+
+Letters: B rows, L positions, V vocabulary.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import draw
+
+from jaxlm.checkpoint.digest import named
+from jaxlm.hf import folder as hf
+from jaxlm.hf.load import load
+from jaxlm.models.transformer import decoder
+from jaxlm.params import of_layers
+
+LIMIT = 1e-4
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "parity"
+
+
+class Ours:
+    """The model of a Hugging Face folder, in jax, float32."""
+
+    def __init__(self, path):
+        source = hf.open_folder(path)
+        self.options = dataclasses.replace(source.options, dtype="float32", param_dtype="float32")
+        self.lm = decoder(self.options, "cpu")
+        abstract = jax.eval_shape(self.lm.init, jax.random.key(0))
+        self.params = load(source, abstract, self.options)
+        self.links = hf.matched(source, of_layers(named(abstract)), self.options)
+        self.forward = jax.jit(lambda p, b: self.lm.unembed(p, self.lm.hidden(p, b)[0]))
+        self.grad = jax.jit(jax.grad(self._loss))
+
+    def difference(self, documents, expected, layout=None):
+        """The largest difference of a logit, in that layout (None: each document alone)."""
+        batches = [layout(documents)] if layout else [packed([text]) for text in documents]
+        found = [x for batch in batches for x in self._of_documents(batch)]
+        return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True))
+
+    def _of_documents(self, batch):
+        logits_BLV = np.asarray(self.forward(self.params, batch))
+        segments = np.asarray(batch["segments"])
+        for row in range(len(segments)):
+            for segment in range(1, segments[row].max() + 1):
+                yield logits_BLV[row, segments[row] == segment]
+
+    def gradients(self, documents):
+        """Of the summed loss of all documents, packed, by the names of the folder's tensors."""
+        ours = named(self.grad(self.params, packed(documents)))
+        found = {}
+        for link in self.links:
+            parts = link.form.theirs(*(ours[path] for path in link.ours))
+            found |= dict(zip(link.theirs, map(np.asarray, parts), strict=True))
+        return found
+
+    def _loss(self, params, batch):
+        hidden, _, _ = self.lm.hidden(params, batch)
+        logprobs = jax.nn.log_softmax(self.lm.unembed(params, hidden))
+        chosen = jnp.take_along_axis(logprobs, batch["targets"][:, :, None], axis=2)[:, :, 0]
+        return -jnp.sum(jnp.where(batch["segments"] > 0, chosen, 0.0))
+
+
+def apart(found, expected) -> dict[str, float]:
+    """Name of each tensor -> largest difference of its gradient, relative to its largest one."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    size = {name: max(np.abs(x).max(), 1e-3) for name, x in expected.items()}
+    return {name: float(np.abs(found[name] - x).max() / size[name]) for name, x in expected.items()}
+
+
+def fixture(name: str) -> pathlib.Path:
+    """The file of a case."""
+    return FIXTURES / f"{re.sub(r'[^a-z0-9]+', '_', name)}.npz"
+
+
+def save_fixture(path: pathlib.Path, logits, gradients) -> None:
+    """Logits of each document; of each gradient its size and its sum with drawn weights."""
+    path.parent.mkdir(exist_ok=True)
+    sums = {name: np.array(summed(name, x)) for name, x in gradients.items()}
+    np.savez_compressed(path, *logits, **sums)
+
+
+def load_fixture(path: pathlib.Path):
+    """What `save_fixture` was given, of gradients the two numbers."""
+    with np.load(path) as found:
+        logits = [found[name] for name in found.files if name.startswith("arr_")]
+        return logits, {name: found[name] for name in found.files if not name.startswith("arr_")}
+
+
+def summed(name: str, gradient) -> tuple[float, float]:
+    """A gradient in two numbers: its norm, and its sum with weights that its name draws."""
+    wide = np.asarray(gradient, np.float64)
+    drawn = 5 * draw(f"gradient of {name}", wide.shape)
+    return float(np.linalg.norm(wide)), float(np.sum(wide * drawn))
+
+
+def packed(documents):
+    """One row of all documents, one after another, and some padding."""
+    return _batch([documents], sum(map(len, documents)) + 5, left=False)
+
+
+def padded(documents):
+    """A row for each document, padded on the left in every second one."""
+    rows = [
+        _batch([[text]], max(map(len, documents)) + 3, left=i % 2 == 1)
+        for i, text in enumerate(documents)
+    ]
+    return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+
+
+def _batch(rows, length, left):
+    keys = ("tokens", "targets", "segments", "positions")
+    batch = {key: np.zeros((len(rows), length), np.int32) for key in keys}
+    for b, documents in enumerate(rows):
+        at = length - sum(map(len, documents)) if left else 0
+        for segment, text in enumerate(documents, 1):
+            here = b, slice(at, at := at + len(text))
+            batch["tokens"][here] = text
+            batch["targets"][here] = np.roll(text, -1)
+            batch["segments"][here] = segment
+            batch["positions"][here] = np.arange(len(text))
+    return batch
+
+
+def greedy(ours: Ours, text, tokens):
+    """The likeliest tokens after a text, one at a time, from the decoder's memory."""
+    batch = {k: v for k, v in packed([text]).items() if k != "targets"}
+    batch = {key: x[:, : len(text)] for key, x in batch.items()}
+    begin = jax.jit(ours.lm.begin, static_argnums=2)
+    extend = jax.jit(ours.lm.extend)
+    hidden, cache = begin(ours.params, batch, len(text) + tokens)
+    found = []
+    for place in range(len(text), len(text) + tokens):
+        logits = ours.lm.unembed(ours.params, hidden[:, -1])
+        found.append(int(jnp.argmax(logits[0])))
+        one = {"tokens": found[-1], "segments": 1, "positions": place}
+        batch = {key: np.full((1, 1), value, np.int32) for key, value in one.items()}
+        hidden, cache = extend(ours.params, batch, cache)
+    return np.array(found)
