@@ -4,7 +4,7 @@
 # Paths are relative, so that the repository may lie in a folder with a space in its name.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench clean python
+.PHONY: help quickstart test check bench parity clean python
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -26,6 +26,7 @@ help:
 	@echo "make test         install with the test tools; the whole suite            15 min"
 	@echo "make check        format, lint, types, architecture, fast tests           2 min (4 at first)"
 	@echo "make bench        install torch too; speed of training, data, checkpoints 15 min"
+	@echo "make parity       install torch too; every family of models against transformers  10 min"
 	@echo "make clean        remove .venv and runs"
 	@echo
 	@echo "The first of them takes 1 to 3 min more to install, and a package index or wheels."
@@ -46,6 +47,9 @@ check: python .venv/installed-dev
 
 bench: python .venv/installed-parity
 	@for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python "$$tool" || exit 1; done
+
+parity: python .venv/installed-parity
+	@$(BIN)/python tools/parity.py $(ARGS)
 
 # Only where PYTHON was given: is .venv made of it?
 python:
