@@ -57,16 +57,18 @@ def through(
     `block(kind)` is a function of x and of one layer of each part: a stack or a dict of what each
     layer takes, its params first.
     """
+    # One function for all layers of a kind: what is rematerialized is then traced only once.
+    of_kind = {kind: block(kind) for kind in dict.fromkeys(kinds)}
     if not scanned:
         beside = {}
         for i, kind in enumerate(kinds):
-            x, beside[str(i)] = block(kind)(x, *(part[str(i)] for part in parts))
+            x, beside[str(i)] = of_kind[kind](x, *(part[str(i)] for part in parts))
         return x, beside
     found, start = [], 0
     for group, repeats in groups(kinds):
         size = len(group) * repeats
         of_group = parts if size == len(kinds) else _cut(parts, start, start + size)
-        x, out = _scan([block(kind) for kind in group], x, of_group)
+        x, out = _scan([of_kind[kind] for kind in group], x, of_group)
         found.append(out)
         start += size
     return x, found[0] if len(found) == 1 else jax.tree.map(_join, *found)

@@ -115,3 +115,14 @@ def test_a_scan_holds_a_group_once():
 def test_the_visible_share_is_that_of_all_layers():
     whole, windowed = visible_share(8), visible_share(8, 2)
     assert mean_visible_share(8, [0, 2, 2]) == (whole + 2 * windowed) / 3
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_function_for_each_kind_is_made_once(scanned):
+    """So that layers of a kind are traced together where they are rematerialized."""
+    made = []
+    block = lambda kind: made.append(kind) or (lambda x, a: (x, a))
+    numbers = jnp.arange(4.0)
+    part = numbers if scanned else {str(i): n for i, n in enumerate(numbers)}
+    through(block, tuple("abab"), jnp.float32(0), scanned, part)
+    assert made == ["a", "b"]
