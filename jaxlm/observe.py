@@ -15,7 +15,8 @@ from jaxlm.data import pack
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
-from jaxlm.generate.sample import make_sampler
+from jaxlm.generate.engine import Generator, Request
+from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
@@ -23,7 +24,7 @@ from jaxlm.metrics import Clock, Writer
 from jaxlm.sharding import rows_divide_by
 
 PROMPT_TOKENS = 24
-TEMPERATURE = 0.8
+SAMPLING = Sampling(temperature=0.8)
 PRIMED_LIMIT = 2**26  # characters of training text that xz is still primed with
 
 
@@ -50,7 +51,8 @@ class Observer:
         ways = rows_divide_by(built.mesh)
         batch = -(-run.eval.batch // ways) * ways
         self.held = HeldOut(built.scorer, sources, batch=batch, put=built.put_whole)
-        self.sampler = make_sampler(built.lm, length, temperature=TEMPERATURE)
+        tokenizer = prepared.tokenizer
+        self.generator = Generator(built.scorer, length, tokenizer.decode, {tokenizer.eos})
         shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
@@ -74,7 +76,7 @@ class Observer:
         """Compiles what evaluation and sampling need, so that nothing does later."""
         self.held.compile(state.params)
         if self.sample_at:
-            self.sampler(state.params, [self.prepared.tokenizer.bos], 0, 0)
+            self._continued(state.params)
 
     def due(self, step: int) -> bool:
         """Whether there is something to look at after this step; the last one is for `results`."""
@@ -119,26 +121,31 @@ class Observer:
 
     def sample(self, step: int, state) -> list[dict[str, Any]]:
         """Continues a held-out prompt of each source; the same prompt and seed every time."""
-        tokenizer, run = self.prepared.tokenizer, self.built.run
         written = []
         with self.clock("sample"):
-            for name, source in self.held.sources.items():
-                long = [ids for ids in source.ids if len(ids) > 4 * PROMPT_TOKENS] or source.ids
-                prompt = long[0][: PROMPT_TOKENS + 1]
-                self.console.note(f"writing a continuation of {name}")
-                new = self.sampler(
-                    state.params, prompt, run.eval.sample_tokens, run.seed, stop=tokenizer.eos
-                )
+            self.console.note("writing continuations")
+            for name, (prompt, text) in self._continued(state.params).items():
                 record = {
                     "step": step,
-                    "fraction": self.sample_at.get(step, step / run.steps),
+                    "fraction": self.sample_at.get(step, step / self.built.run.steps),
                     "source": name,
-                    "prompt": tokenizer.decode(prompt[1:]),
-                    "text": tokenizer.decode(new),
+                    "prompt": self.prepared.tokenizer.decode(prompt[1:]),
+                    "text": text,
                 }
                 self.writer.sample(record)
                 written.append(record)
         return written
+
+    def _continued(self, params) -> dict[str, tuple[list[int], str]]:
+        """A prompt of each source, and its continuation."""
+        run, prompts = self.built.run, {}
+        for name, source in self.held.sources.items():
+            long = [ids for ids in source.ids if len(ids) > 4 * PROMPT_TOKENS] or source.ids
+            prompts[name] = list(long[0][: min(PROMPT_TOKENS + 1, run.data.length)])
+        asked = [Request(ids, run.eval.sample_tokens, run.seed) for ids in prompts.values()]
+        found = self.generator(params, asked, SAMPLING)
+        texts = (result.text for result in found)
+        return dict(zip(prompts, zip(prompts.values(), texts, strict=True), strict=True))
 
     def results(self, state, began: float) -> dict[str, Any]:
         """The last evaluation and samples, next to the compressors."""

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "data": {"data", "contract", "sharding"},
     "methods": {"contract", "sharding", "methods.likelihood", "methods.responses"},
     "evals": {"evals", "contract", "sharding", "generate", "data", "methods.likelihood"},
-    "generate": {"generate", "contract", "sharding"},
+    "generate": {"generate", "contract", "sharding", "data.tokenizer"},
     "commandline": {"config", "methods"},
     "config": {"contract", "sharding", "methods", "models", "optim", "data", "hf"},
     "build": {

@@ -1,9 +1,11 @@
-"""Samples from a trained run.
+"""Text from a trained model.
 
-    python -m jaxlm.generate --workdir=runs/quickstart --prompt="def read(path):"
-        [--tokens=128] [--samples=1] [--temperature=0.8] [--top_k=0] [--seed=0] [--step=N]
+    python -m jaxlm.generate --checkpoint=runs/quickstart --prompt="def read(path):"
+    python -m jaxlm.generate --checkpoint=... --prompts=questions.jsonl --output=answers.jsonl
 
-Reads the newest good checkpoint (or that of --step) and prints the prompt with its continuation.
+Reads the newest good checkpoint (or that of --step). One prompt is shown with its continuation as
+it is written; many are generated in batches. --output writes a JSON object a line: prompt, text,
+finish ("stop" or "length"), seed, and with --logprobs the ids and their log-probabilities.
 Several processes (see launch/) spread the model over all their devices, and process 0 prints.
 A model trained for minutes has the style of its text, and no meaning.
 """
@@ -13,18 +15,27 @@ from jaxlm.host import process
 process.start(__name__)
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import jax
 
-from jaxlm.generate.sample import make_sampler
+from jaxlm.checkpoint.digest import write_atomically
+from jaxlm.generate import prompts as read
+from jaxlm.generate.engine import Generator, Request
+from jaxlm.generate.programs import STEPS
+from jaxlm.generate.prompts import Prompt
+from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
 from jaxlm.opened import open_model
+
+SHOWN = 4  # tokens between two looks at the terminal
 
 
 def main() -> int:
     flags = _flags().parse_args()
-    _refuse(flags)
+    sampling, prompts = _checked(flags)
     if where := cluster.place():
         process.hush_libraries()
         facts = {
@@ -32,27 +43,86 @@ def main() -> int:
             **{f"--{k}": v for k, v in vars(flags).items()},
         }
         cluster.join(where, facts, lambda text: None)
-    for text in samples(flags):
-        if cluster.process() == 0:
-            print(text, flush=True)
+    here = cluster.process() == 0
+    say = lambda text: print(text, file=sys.stderr) if here else None
+    opened = open_model(flags.checkpoint, step=flags.step, say=say)
+    tokenizer = opened.tokenizer
+    ids = read.encoded(prompts, tokenizer, opened.folder)
+    if flags.keep_end:
+        ids = [tokens[-opened.length :] for tokens in ids]
+    ends = read.end_tokens(tokenizer, opened.folder)
+    generate = Generator(opened.lm, opened.length, tokenizer.decode, ends, rows=flags.rows)
+    asked = [
+        Request(tokens, flags.tokens, flags.seed + i, tuple(flags.stop))
+        for tokens in ids
+        for i in range(flags.samples)
+    ]
+    said = [prompt.text or prompt.messages for prompt in prompts for _ in range(flags.samples)]
+    show = here and len(asked) == 1 and not flags.output and not flags.logprobs
+    if show:
+        print(prompts[0].text, end="", flush=True)
+    with jax.set_mesh(opened.mesh):
+        results = generate(
+            opened.params,
+            asked,
+            sampling,
+            logprobs=flags.logprobs,
+            on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
+            steps=SHOWN if show else STEPS,
+        )
+    if show:
+        print(flush=True)
+    elif here:
+        rows = zip(said, asked, results, strict=True)
+        _write(flags, [_record(*row, flags.logprobs) for row in rows])
     return 0
 
 
-def samples(flags):
-    """Yields `flags.samples` texts, the prompt in front. Raises `ValueError` for people."""
-    say = lambda text: print(text, file=sys.stderr) if cluster.process() == 0 else None
-    opened = open_model(flags.workdir, step=flags.step, say=say)
-    params, tokenizer = opened.params, opened.tokenizer
-    with jax.set_mesh(opened.mesh):
-        sample = make_sampler(
-            opened.lm, opened.length, temperature=flags.temperature, top_k=flags.top_k
+def _record(prompt, request, result, logprobs):
+    record = {"messages" if isinstance(prompt, list) else "prompt": prompt, "text": result.text}
+    record |= {"finish": result.finish, "seed": request.seed}
+    return {**record, "ids": result.ids, "logprobs": result.logprobs} if logprobs else record
+
+
+def _write(flags, records):
+    """To the file, whole or not at all; or to the terminal."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    if flags.output:
+        write_atomically(Path(flags.output).expanduser(), "".join(f"{x}\n" for x in lines))
+    elif flags.logprobs:
+        print("\n".join(lines))
+    else:
+        for record in records:
+            print(record.get("prompt", "") + record["text"], flush=True)
+
+
+def _checked(flags):
+    """How to sample, and the prompts; whatever is wrong with the flags, before anything starts."""
+    for name, least in (("tokens", 1), ("samples", 1), ("rows", 1)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least {least}")
+    if "" in flags.stop:
+        raise ValueError("--stop is empty, which every text has in it; leave it out")
+    try:
+        sampling = Sampling(
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            min_p=flags.min_p,
+            repetition_penalty=flags.repetition_penalty,
         )
-        (ids,) = tokenizer.encode_batch([flags.prompt])
-        for i in range(flags.samples):
-            new = sample(
-                params, [tokenizer.bos, *ids], flags.tokens, flags.seed + i, stop=tokenizer.eos
-            )
-            yield flags.prompt + tokenizer.decode(new)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    if flags.output and not Path(flags.output).expanduser().parent.is_dir():
+        raise ValueError(f"--output={flags.output}: there is no folder to write it into")
+    if flags.prompts and flags.prompt is not None:
+        raise ValueError("--prompt and --prompts are both given; leave one of them out")
+    one = [Prompt(flags.prompt or "")]
+    prompts = read.from_file(Path(flags.prompts)) if flags.prompts else one
+    if flags.chat:
+        message = lambda text: [{"role": "user", "content": text}]
+        prompts = [p if p.messages else Prompt(messages=message(p.text)) for p in prompts]
+    return sampling, prompts
 
 
 def _flags():
@@ -61,21 +131,26 @@ def _flags():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="the work folder of a run")
-    parser.add_argument("--prompt", default="", help="text to go on from; empty: a new document")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens, at most")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add = parser.add_argument
+    add("--checkpoint", "--workdir", required=True, help="the work folder of a run")
+    add("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add("--prompt", help="text to go on from; empty: a new document")
+    add("--prompts", default="", help="a file of them: lines, or .jsonl with prompt or messages")
+    add("--chat", action="store_true", help="a prompt is a message, for the chat template")
+    add("--keep_end", action="store_true", help="of a prompt that is too long, read only the end")
+    add("--output", default="", help="a .jsonl file to write; without it, the terminal")
+    add("--tokens", type=int, default=128, help="new tokens, at most")
+    add("--stop", action="append", default=[], help="text to end before; may be given again")
+    add("--samples", type=int, default=1, help="of each prompt, with seeds that count up")
+    add("--seed", type=int, default=0)
+    add("--logprobs", action="store_true", help="of the tokens, under the model as it is")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    add("--top_k", type=int, default=0, help="keep this many of the likeliest; 0: all")
+    add("--top_p", type=float, default=1.0, help="keep the fewest with this probability together")
+    add("--min_p", type=float, default=0.0, help="keep those this likely against the likeliest")
+    add("--repetition_penalty", type=float, default=1.0, help="1: none")
+    add("--rows", type=int, default=32, help="generated together, at most")
     return parser
-
-
-def _refuse(flags):
-    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(flags, name) < least:
-            raise ValueError(f"--{name}={getattr(flags, name)} must be at least {least}")
 
 
 if __name__ == "__main__":

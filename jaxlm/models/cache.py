@@ -8,10 +8,12 @@ slots, the same in every row. A token of segment 0 takes a slot too, which nobod
 different lengths lie side by side, padded on either side or in between, and only segments and
 positions say who sees whom, as in packed rows.
 
-Blocks only read their part and return the keys and values of the new tokens, which are written
-once behind all blocks: a scan over layers would copy whatever of the cache it also writes.
+Nothing of a cache is to be copied. A block on its own first writes and then reads what it wrote;
+the other way round the compiler would copy all of it. Blocks in a scan over layers only read, for
+that copies whatever it writes; all of them are written at once behind it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,13 @@ class Cache(NamedTuple):
         return self.places.segments_BL.shape[1]
 
 
+class Slots(NamedTuple):
+    """Where a block finds what it remembers, and writes more."""
+
+    places: Places  # those of the new tokens included if the block writes them
+    at: jax.Array | None  # the slot of the first new token; None = the block only reads
+
+
 def remember(key_BLGK: jax.Array, value_BLGK: jax.Array) -> Memory:
     """The keys and values of new tokens, as they lie in a cache."""
     return Memory(*(_laid_out(x.swapaxes(1, 2)) for x in (key_BLGK, value_BLGK)))
@@ -63,35 +72,56 @@ def lengthened(cache: Cache, length: int) -> Cache:
     return Cache(blocks, Places(*(padded(x, 1) for x in cache.places)), cache.used)
 
 
-def write(cache: Cache, blocks: Any, places: Places) -> Cache:
-    """The cache with what the blocks made of new tokens in its next slots, which have to be free.
+def slots(cache: Cache, new: Places, write: bool) -> Slots:
+    """What blocks need to know to read, or to write and read, the cache for new tokens."""
+    if not write:
+        return Slots(cache.places, None)
+    return Slots(Places(*_put(cache.places, new, cache.used, 1)), cache.used)
 
-    There is no error where they are not: the newest tokens would overwrite some before them.
+
+def extended(cache: Cache, blocks: Any, new: Places, at: Slots) -> Cache:
+    """The cache with what the blocks returned for new tokens: all, or that of these tokens.
+
+    Their slots have to be free; there is no error where they are not.
     """
+    used = cache.used + new.segments_BL.shape[1]
+    if at.at is not None:
+        return Cache(blocks, at.places, used)
+    places = Places(*_put(cache.places, new, cache.used, 1))
+    return Cache(_put(cache.blocks, blocks, cache.used, -2), places, used)
 
-    def put(x, new, axis):
-        return jax.lax.dynamic_update_slice_in_dim(x, new, cache.used, axis % x.ndim)
 
-    return Cache(
-        jax.tree.map(lambda x, new: put(x, new, -2), cache.blocks, blocks),
-        Places(*(put(x, new, 1) for x, new in zip(cache.places, places, strict=True))),
-        cache.used + places.segments_BL.shape[1],
-    )
+def _put(tree, new, at, axis):
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, new: put(x, new, at, axis % x.ndim), tree, new)
 
 
 def attend(
     query_BLHK: jax.Array,
     new: Memory,
     past: Memory,
-    *,
+    slots: Slots,
     places: Places,
-    past_places: Places,
+    *,
     window: int = 0,
     soft_cap: float = 0.0,
-) -> jax.Array:
-    """`attention.attention` of new tokens that see each other and what is remembered."""
+) -> tuple[jax.Array, Memory]:
+    """`attention.attention` of new tokens that see each other and what is remembered.
+
+    `places`: of the new tokens. Returns also what the block is to return of its memory.
+    """
+    if slots.at is None:
+        parts = [(past, slots.places), (new, places)]
+    else:
+        new = Memory(*_put(past, new, slots.at, -2))
+        parts = [(new, slots.places)]
+    return _attend(query_BLHK, parts, places, window, soft_cap), new
+
+
+def _attend(query_BLHK, parts, places, window, soft_cap):
+    """Of queries at `places` to several runs of keys, each with its places, as if to one."""
     B, L, H, K = query_BLHK.shape
-    G = new.key_BGMK.shape[1]
+    G = parts[0][0].key_BGMK.shape[1]
     query_BGSK = query_BLHK.reshape(B, L, G, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
 
     def scores(memory, places_of_keys):
@@ -103,16 +133,17 @@ def attend(
         scores_BGRLM = jnp.where(seen_BLM[:, None, None], scores_BGRLM, MASKED)
         return scores_BGRLM.reshape(scores_BGSM.shape)
 
-    found = [(scores(past, past_places), past), (scores(new, places), new)]
-    top_BGS1 = jnp.maximum(*(jnp.max(s, axis=-1, keepdims=True) for s, _ in found))
-    weights = [(jnp.exp(scores_BGSM - top_BGS1), memory) for scores_BGSM, memory in found]
-    sum_BGS1 = jnp.add(*(jnp.sum(w_BGSM, axis=-1, keepdims=True) for w_BGSM, _ in weights))
-    out_BGSK = jnp.add(
-        *(
-            _product("BGSM,BGMK->BGSK", w_BGSM.astype(query_BLHK.dtype), memory.value_BGMK)
-            for w_BGSM, memory in weights
-        )
+    found = [scores(memory, places_of_keys) for memory, places_of_keys in parts]
+    tops = (jnp.max(scores_BGSM, axis=-1, keepdims=True) for scores_BGSM in found)
+    top_BGS1 = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp(scores_BGSM - top_BGS1) for scores_BGSM in found]
+    sums = (jnp.sum(weights_BGSM, axis=-1, keepdims=True) for weights_BGSM in weights)
+    sum_BGS1 = functools.reduce(jnp.add, sums)
+    outs = (
+        _product("BGSM,BGMK->BGSK", weights_BGSM.astype(query_BLHK.dtype), memory.value_BGMK)
+        for weights_BGSM, (memory, _) in zip(weights, parts, strict=True)
     )
+    out_BGSK = functools.reduce(jnp.add, outs)
     out_BGRLK = (out_BGSK / sum_BGS1).reshape(B, G, H // G, L, K)
     return out_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K).astype(query_BLHK.dtype)
 

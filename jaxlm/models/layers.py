@@ -52,7 +52,7 @@ class Context(NamedTuple):
     positions_BL: jax.Array
     turns_BLK: tuple[jax.Array, jax.Array] | None  # see `rope.turns`
     window: int  # positions that a query sees; 0 = all before it
-    past: Places | None = None  # of what the blocks remember
+    past: cache.Slots | None = None  # of what the blocks remember
 
 
 def truncated_normal(
@@ -119,8 +119,8 @@ class Dense(nnx.Module):
 class SelfAttention(nnx.Module):
     """Grouped-query attention, with rotary positions unless others were added before.
 
-    Returns the output, its taps, and the keys and values of the tokens. `past`: what the block
-    remembers of the tokens before them.
+    Returns the output, its taps, and the keys and values of the tokens, or all that is remembered
+    where `context.past` lets it write. `past`: what the block remembers of the tokens before.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -159,9 +159,7 @@ class SelfAttention(nnx.Module):
             )
         else:
             here = Places(context.segments_BL, context.positions_BL)
-            mixed_BLHK = cache.attend(
-                query_BLHK, new, past, places=here, past_places=context.past, **options
-            )
+            mixed_BLHK, new = cache.attend(query_BLHK, new, past, context.past, here, **options)
         mixed_BLI = mixed_BLHK.reshape(B, L, -1)
         y_BLD, output_tap = self.output(mixed_BLI, context.mask_BL)
         taps = {"query": query_tap, "key": key_tap, "value": value_tap, "output": output_tap}

@@ -172,27 +172,29 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
             penalties = {"load_balance": config.router_balance * experts.load_balance(routed)}
         return attention_ring.in_order(x_BLD) if balanced else x_BLD, {"blocks": taps}, penalties
 
-    def remembered(params, batch, past=None):
+    def remembered(params, batch, memory=(), slots=None):
         ends = ends_of(_without_blocks(params))
-        contexts = _contexts(config, batch, past and past.places)
+        contexts = _contexts(config, batch, slots)
 
         def block(kind, x_BLD, block_params, *memory):
             x_BLD, beside = block_of(block_params)(x_BLD, contexts[kind], *memory)
             return sharding.constrain(x_BLD, "batch", "length", "width"), beside.new
 
-        parts = [params["blocks"], *([past.blocks] if past else [])]
+        parts = params["blocks"], *memory
         x_BLD = ends.embed(batch["tokens"], batch["positions"])
         of_kind = lambda kind: functools.partial(block, kind)
         x_BLD, new = pattern.through(of_kind, config.kinds, x_BLD, scanned, *parts)
-        return ends.final_norm(x_BLD), (new, Places(batch["segments"], batch["positions"]))
+        return ends.final_norm(x_BLD), new
 
     def begin(params, batch, length):
         hidden_BLD, new = remembered(params, batch)
-        return hidden_BLD, cache.begin(*new, length)
+        return hidden_BLD, cache.begin(new, Places(batch["segments"], batch["positions"]), length)
 
     def extend(params, batch, past):
-        hidden_BLD, new = remembered(params, batch, past)
-        return hidden_BLD, cache.write(past, *new)
+        here = Places(batch["segments"], batch["positions"])
+        slots = cache.slots(past, here, write=not scanned)
+        hidden_BLD, new = remembered(params, batch, [past.blocks], slots)
+        return hidden_BLD, cache.extended(past, new, here, slots)
 
     def head(params):
         ends = ends_of(_without_blocks(params))

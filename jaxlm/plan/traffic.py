@@ -1,9 +1,10 @@
 """Bytes that one device moves to and from its memory in a step, read off a compiled program.
 
 Each instruction that is not inside a fusion reads its operands and writes its result. Where a
-fusion only slices an operand (the layer's part of a stack) the slices count, and where it updates a
-slice in place the update does. What lies in fast on-chip memory counts nothing. Split into the
-instructions with matrix products, whose traffic overlaps with their arithmetic, and all others.
+fusion, or one inside it, only slices an operand (the layer's part of a stack) the slices count, and
+where it updates a slice in place the update does. What lies in fast on-chip memory counts nothing.
+Split into the instructions with matrix products, whose traffic overlaps with their arithmetic, and
+all others.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ FREE = {
 PRODUCTS = {"dot", "convolution"}
 CUBLAS = 'custom_call_target="__cublas'  # a product by NVIDIA's library
 SLICES = {"dynamic-slice", "gather", "slice"}
+STARTS = {"copy-start": 0, "slice-start": 1}  # and which of their results is new
 
 
 class Traffic(NamedTuple):
@@ -35,7 +37,7 @@ def traffic(program: Program) -> Traffic:
                 inside = _inside(instruction, program)
                 products = any(i.opcode in PRODUCTS for i in (instruction, *inside))
                 products |= CUBLAS in instruction.attributes
-                moved = _moved(instruction, inside, by_name)
+                moved = _moved(instruction, inside, by_name, program)
                 found[products] += program.runs[name] * moved
     return Traffic(found[True], found[False])
 
@@ -46,7 +48,11 @@ def _inside(instruction: Instruction, program: Program) -> tuple[Instruction, ..
     return program.computations.get(dict(called(instruction)).get("calls", ""), ())
 
 
-def _moved(instruction, inside, by_name):
+def _moved(instruction, inside, by_name, program):
+    if instruction.opcode in STARTS:  # results are its operand once more, and what is new
+        new = instruction.arrays[STARTS[instruction.opcode]]
+        from_memory = bool(_bytes(by_name[instruction.operands[0]]))
+        return new.bytes * (from_memory + (not new.on_chip))
     if instruction.opcode in SLICES:
         return 2 * _bytes(instruction)
     if instruction.opcode == "dynamic-update-slice":
@@ -60,8 +66,8 @@ def _moved(instruction, inside, by_name):
     places = {int(i.inside): i for i in inside if i.opcode == "parameter"}
     read = written = 0.0
     for place, name in enumerate(instruction.operands):
-        if _bytes(by_name[name]):
-            read += _read(places.get(place), by_name[name], inside)
+        if size := _bytes(by_name[name]):
+            read += _read(places[place].name, size, inside, program) if place in places else size
     updated = [i for i in inside if i.opcode == "dynamic-update-slice"]
     whole = {array.shape for i in updated for array in i.arrays}
     written += sum(
@@ -73,16 +79,25 @@ def _moved(instruction, inside, by_name):
     return read + written
 
 
-def _read(parameter, operand, inside):
-    """Bytes that a fusion reads of one operand."""
-    users = [i for i in inside if parameter and parameter.name in i.operands]
-    if users and all(i.opcode in SLICES and i.operands[0] == parameter.name for i in users):
-        return min(sum(_bytes(i) for i in users), _bytes(operand))
-    if users and all(
-        i.opcode == "dynamic-update-slice" and i.operands[0] == parameter.name for i in users
-    ):
-        return 0.0
-    return _bytes(operand)
+def _read(name, size, inside, program):
+    """Bytes that the inside of a fusion reads of what it calls `name`."""
+    read = 0.0
+    for user in inside:
+        if name not in user.operands:
+            continue
+        first = user.operands[0] == name
+        if user.opcode == "fusion":  # a fusion in it
+            nested = _inside(user, program)
+            parts = [i for i in nested if i.opcode == "parameter"]
+            names = [i.name for i in parts if user.operands[int(i.inside)] == name]
+            read += sum(_read(name, size, nested, program) for name in names)
+        elif user.opcode == "bitcast":
+            read += _read(user.name, size, inside, program)
+        elif user.opcode in SLICES and first:
+            read += _bytes(user)
+        elif not (user.opcode == "dynamic-update-slice" and first):
+            return size
+    return min(read, size)
 
 
 def _bytes(instruction):

@@ -1,0 +1,108 @@
+"""What is to be continued: prompts from the command line or a file, as tokens.
+
+A file holds one prompt a line; one whose name ends in .jsonl holds objects with `prompt`, a text,
+or with `messages`, a conversation (`[{"role": "user", "content": "..."}]`) that goes through the
+chat template of the tokenizer's folder. Templates run in transformers' sandbox; nothing is
+downloaded and no code from the folder is run.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.data.tokenizer import Tokenizer
+
+
+class Prompt(NamedTuple):
+    """A text to go on from, or the messages of a conversation."""
+
+    text: str = ""
+    messages: Sequence[dict[str, Any]] = ()
+
+
+def from_file(path: Path) -> list[Prompt]:
+    """The prompts of a file. Raises `ValueError` naming the line that is none."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts {str(path)!r} cannot be read: {error}") from None
+    if path.suffix == ".jsonl":
+        found = [_parsed(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    else:
+        found = [Prompt(line) for line in lines]
+    if not found:
+        raise ValueError(f"{path} holds no prompt")
+    return found
+
+
+def _parsed(line, where):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return Prompt(row["prompt"])
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(
+            f"{where} has neither a prompt, a text, nor messages, a list of "
+            '{"role": ..., "content": ...}'
+        )
+    return Prompt(messages=messages)
+
+
+def _is_message(it):
+    return isinstance(it, dict) and isinstance(it.get("role"), str) and "content" in it
+
+
+def encoded(prompts: Sequence[Prompt], tokenizer: Tokenizer, folder: Path) -> list[list[int]]:
+    """The tokens of each prompt: a text behind bos, messages as the template of `folder` says."""
+    texts = iter(tokenizer.encode_batch([p.text for p in prompts if not p.messages]))
+    template = ChatTemplate(folder) if any(p.messages for p in prompts) else None
+    return [
+        template(p.messages) if template and p.messages else [tokenizer.bos, *next(texts)]
+        for p in prompts
+    ]
+
+
+class ChatTemplate:
+    """(messages) -> tokens up to where the answer begins. `ValueError` where there is none."""
+
+    def __init__(self, folder: Path):
+        import transformers  # takes seconds
+
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        except Exception as error:  # many kinds
+            raise ValueError(f"{folder} has no tokenizer to chat with: {_reason(error)}") from None
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{folder} has no chat template, so there is no telling how a conversation is "
+                "written; give the prompt as text, as the model is to read it"
+            )
+        self.folder = folder
+
+    def __call__(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # what the template itself raises, above all
+            raise ValueError(
+                f"the chat template of {self.folder} refuses these messages: {_reason(error)}"
+            ) from None
+
+
+def end_tokens(tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
+    """Tokens that end a text: eos, and those that the folder's generation_config.json names."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return frozenset({tokenizer.eos, *named})
+
+
+def _reason(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
