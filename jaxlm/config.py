@@ -51,10 +51,14 @@ class EvalSpec:
     characters: int = 2**21  # of each held-out source, at most; whole documents
     samples: str = "0.1 0.5 1"  # shares of the run after which continuations are written
     sample_tokens: int = 64
+    tasks: str = ""  # of lm-eval, names and YAML files with commas; needs the extra jaxlm[eval]
+    tasks_every: int = 0  # steps; 0 = only at the end
+    tasks_limit: int = 0  # items of each task, the first ones; 0 = all
 
     def __post_init__(self):
         _at_least(1, batch=self.batch, characters=self.characters, sample_tokens=self.sample_tokens)
         _at_least(0, every=self.every, stride=self.stride)
+        _at_least(0, tasks_every=self.tasks_every, tasks_limit=self.tasks_limit)
         self.shares()
 
     def shares(self) -> tuple[float, ...]:

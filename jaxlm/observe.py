@@ -14,6 +14,7 @@ from jaxlm.build import Built
 from jaxlm.data import pack
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
+from jaxlm.evals import tasks
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.sampling import Sampling
@@ -22,6 +23,7 @@ from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
 from jaxlm.metrics import Clock, Writer
 from jaxlm.sharding import rows_divide_by
+from jaxlm.tasks import RunningTasks
 
 PROMPT_TOKENS = 24
 SAMPLING = Sampling(temperature=0.8)
@@ -53,6 +55,9 @@ class Observer:
         self.held = HeldOut(built.scorer, sources, batch=batch, put=built.put_whole)
         tokenizer = prepared.tokenizer
         self.generator = Generator(built.scorer, length, tokenizer.decode, {tokenizer.eos})
+        self.tasks = None
+        if run.eval.tasks:
+            self.tasks = RunningTasks(built, prepared.tokenizer_folder, self._tick_tasks)
         shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
@@ -80,23 +85,37 @@ class Observer:
 
     def due(self, step: int) -> bool:
         """Whether there is something to look at after this step; the last one is for `results`."""
-        every, steps = self.built.run.eval.every, self.built.run.steps
-        return step < steps and (bool(every and step % every == 0) or step in self.sample_at)
+        looks = self._held_due(step) or self._tasks_due(step) or step in self.sample_at
+        return step < self.built.run.steps and looks
+
+    def _held_due(self, step):
+        every = self.built.run.eval.every
+        return bool(every and step % every == 0)
+
+    def _tasks_due(self, step):
+        every = self.built.run.eval.tasks_every
+        return bool(self.tasks and every and step % every == 0)
 
     def figures_at(self, step: int) -> dict[str, float]:
         """The figures, if that step was evaluated."""
         return self.figures if step == self.evaluated else {}
 
     def look(self, step: int, state) -> None:
-        every = self.built.run.eval.every
-        if every and step % every == 0:
-            self.evaluate(step, state)
+        begin = time.monotonic()
+        scored = self.run_tasks(step, state)[0] if self._tasks_due(step) else {}
+        if self._held_due(step):
+            self.evaluate(step, state, scored)
+        elif scored:
+            self._write(step, begin, scored)
         if step in self.sample_at:
             self.sample(step, state)
         self.console.note("training")
 
-    def evaluate(self, step: int, state):
-        """Scores the params, and each extra that asks for it; returns the bits of the params."""
+    def evaluate(self, step: int, state, scored: dict[str, float] | None = None):
+        """Scores the params, and each extra that asks for it; returns the bits of the params.
+
+        `scored`: figures of tasks at this step, which are written down with these.
+        """
         begin = time.monotonic()
         with self.clock("evaluate"):
             bits = self.held.bits(state.params, self._tick)
@@ -105,8 +124,28 @@ class Observer:
                 if extra.evaluate:
                     more = self.held.figures(self.held.bits(state.extras[name], self._tick))
                     figures |= {f"{name}/{k}": v for k, v in more.items()}
-        run = self.built.run
         self.figures, self.evaluated = figures, step
+        self._write(step, begin, figures | (scored or {}))
+        said = [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in figures.items() if k.startswith("bits")]
+        self.console.say(f"  step {step:,}: held-out bits per character: {', '.join(said)}")
+        return bits
+
+    def run_tasks(self, step: int, state) -> tuple[dict[str, float], dict[str, Any]]:
+        """Figures of the tasks, and lm-eval's results; none where it cannot be done, with why."""
+        assert self.tasks
+        try:
+            with self.clock("evaluate"):
+                results = self.tasks.results(state.params, writer=cluster.process() == 0)
+        except ValueError as error:  # of one request among many: no reason to end a run
+            self.console.warn(f"step {step:,}: the tasks could not be evaluated: {error}")
+            return {}, {}
+        figures = tasks.figures(results)
+        said = [f"{k.removeprefix('task/')} {v:.3f}" for k, v in figures.items()]
+        self.console.say(f"  step {step:,}: tasks: {', '.join(said)}")
+        return figures, results
+
+    def _write(self, step, begin, figures):
+        run = self.built.run
         self.writer.evaluation(
             {
                 "step": step,
@@ -115,9 +154,6 @@ class Observer:
                 **figures,
             }
         )
-        said = [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in figures.items() if k.startswith("bits")]
-        self.console.say(f"  step {step:,}: held-out bits per character: {', '.join(said)}")
-        return bits
 
     def sample(self, step: int, state) -> list[dict[str, Any]]:
         """Continues a held-out prompt of each source; the same prompt and seed every time."""
@@ -150,7 +186,8 @@ class Observer:
     def results(self, state, began: float) -> dict[str, Any]:
         """The last evaluation and samples, next to the compressors."""
         run = self.built.run
-        bits = self.evaluate(run.steps, state)
+        scored, found = self.run_tasks(run.steps, state) if self.tasks else ({}, {})
+        bits = self.evaluate(run.steps, state, scored)
         samples = self.sample(run.steps, state) if run.steps in self.sample_at else []
         self.console.note("waiting for xz")
         with self.clock("compressors"):
@@ -169,10 +206,14 @@ class Observer:
             "documents": self.held.documents(bits),
             "passages": self.held.passages(bits, self.prepared.tokenizer),
             "samples": samples,
+            **({"tasks": found} if found else {}),
             "steps": run.steps,
             "tokens": run.steps * run.batch * run.data.length,
             "seconds": time.time() - began,
         }
+
+    def _tick_tasks(self, done, total):
+        self.console.note(f"running tasks, request {done:,} of {total:,}")
 
     def _tick(self, done, total):
         self.console.note(f"scoring held-out text, row {done:,} of {total:,}")

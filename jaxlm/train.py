@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import commandline, folder, report, sharding, summary, together
+from jaxlm import commandline, folder, report, sharding, summary, tasks, together
 from jaxlm.build import Built, build
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
@@ -55,6 +55,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         run.check_devices(mesh)
         build(run, run.model.vocabulary or 2)  # tells what is wrong before any data is prepared
         parse_stages(run.data.stages, {s.name: s.weight for s in run.data.sources}, run.steps)
+        tasks.loaded(run.eval)
         if idle := process.unused_accelerator(jax.devices()):
             console.warn(idle)
         with clock("setup"):

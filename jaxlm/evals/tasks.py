@@ -126,7 +126,10 @@ def _manager(names, include):
     """lm-eval's index of tasks; its own 14,000 files are read only where they are needed."""
     from lm_eval.tasks import TaskManager
 
-    plain = [name for name in names if not Path(name).is_file()]
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    if lost := [name for name in files if not Path(name).is_file()]:
+        raise ValueError(f"there is no file {lost[0]} of a task")
+    plain = [name for name in names if name not in files]
     small = TaskManager(include_path=include or None, include_defaults=False)
     if all(name in small.task_index for name in plain):
         return small
@@ -135,7 +138,7 @@ def _manager(names, include):
 
 def _resolve(manager, name) -> list[str]:
     """The names that are meant: a name, a YAML file, or a pattern with * and ?."""
-    if name in manager.task_index or (Path(name).is_file() and name.endswith((".yaml", ".yml"))):
+    if name in manager.task_index or name.endswith((".yaml", ".yml")):
         return [name]
     if set("*?") & set(name) and (found := manager.match_tasks([name])):
         return found

@@ -36,10 +36,10 @@ from jaxlm.opened import open_model
 def main() -> int:
     flags = _flags().parse_args()
     _refuse(flags)
-    where = cluster.place()
+    if where := cluster.place():
+        process.hush_libraries()
     with Console(quiet=bool(where and where.process)) as console:
         if where:
-            process.hush_libraries()
             facts: dict[str, Any] = {f"--{k}": v for k, v in vars(flags).items()}
             cluster.join(where, {"the version of jax": jax.__version__, **facts}, console.say)
         for note in process.notes:

@@ -26,6 +26,7 @@ FILES = (
     "events.jsonl",
     "results.json",
 )
+SHOWN = 3  # later evaluations of each kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Folder:
     events: list[dict[str, Any]]
     results: dict[str, Any]
     notices: tuple[str, ...]  # full sentences on what was missing or unreadable
+    evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Of what was evaluated later: name of the file -> what it holds, the newest first."""
 
 
 def load(path: Path) -> Folder:
@@ -62,6 +65,7 @@ def load(path: Path) -> Folder:
         samples=list(rows("samples.jsonl")),
         events=list(rows("events.jsonl")),
         results=_object(path / "results.json", notices, expected=False),
+        evaluations=_evaluations(path / "evaluations", notices),
         notices=tuple(notices),
     )
 
@@ -97,6 +101,15 @@ def last(table: Table, name: str) -> float | None:
     column = table.get(name, np.zeros(0))
     column = column[np.isfinite(column)]
     return float(column[-1]) if len(column) else None
+
+
+def _evaluations(folder: Path, notices: list[str]) -> dict[str, dict[str, Any]]:
+    """The newest files of each kind that `jaxlm.evaluate` wrote."""
+    found = {}
+    for kind in ("results", "compression"):
+        for path in sorted(folder.glob(f"{kind}_*.json"), reverse=True)[:SHOWN]:
+            found[path.stem] = _object(path, notices)
+    return found
 
 
 def _object(path: Path, notices: list[str], *, expected: bool = True) -> dict[str, Any]:

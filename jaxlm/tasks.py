@@ -1,0 +1,42 @@
+"""lm-eval's tasks on a run that is going: at a cadence, and in the end.
+
+Their names and data are looked up before anything is compiled; the programs that score are compiled
+when the first requests meet them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlm.build import Built
+from jaxlm.config import EvalSpec
+from jaxlm.evals import tasks
+from jaxlm.evals.model import Model
+
+
+def loaded(spec: EvalSpec):
+    """The tasks with their data, read once; None for none. Raises `ValueError` for people."""
+    names = tasks.parse(spec.tasks)
+    return tasks.load(names) if names else None
+
+
+class RunningTasks:
+    """Evaluates params on the tasks of a run; `tokenizer`: the folder of its tokenizer."""
+
+    def __init__(self, built: Built, tokenizer: Path, tick: Callable[[int, int], None]):
+        run = built.run
+        self._loaded, self._limit = loaded(run.eval), run.eval.tasks_limit or None
+        # As training does, each text begins with a bos.
+        self._model = Model(
+            built.scorer, None, tokenizer, built.mesh, run.data.length, add_bos=True, tick=tick
+        )
+
+    def results(self, params, *, writer: bool) -> dict[str, Any]:
+        """lm-eval's results, without the samples; standard errors only for who writes them."""
+        self._model.params = params
+        try:
+            lm = self._model.for_lm_eval()
+            found = tasks.evaluate(lm, self._loaded, writer=writer, limit=self._limit)
+        finally:
+            self._model.params = None  # the step donates them
+        return {k: v for k, v in found.items() if k != "samples"}
