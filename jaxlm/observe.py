@@ -57,7 +57,8 @@ class Observer:
         self.generator = Generator(built.scorer, length, tokenizer.decode, {tokenizer.eos})
         self.tasks = None
         if run.eval.tasks:
-            self.tasks = RunningTasks(built, prepared.tokenizer_folder, self._tick_tasks)
+            folder = prepared.tokenizer_folder
+            self.tasks = RunningTasks(built, folder, tokenizer.eos, self._tick_tasks)
         shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}

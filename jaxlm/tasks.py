@@ -21,15 +21,14 @@ def loaded(spec: EvalSpec):
 
 
 class RunningTasks:
-    """Evaluates params on the tasks of a run; `tokenizer`: the folder of its tokenizer."""
+    """Evaluates params on the tasks of a run; `folder`: of its tokenizer."""
 
-    def __init__(self, built: Built, tokenizer: Path, tick: Callable[[int, int], None]):
+    def __init__(self, built: Built, folder: Path, eos: int, tick: Callable[[int, int], None]):
         run = built.run
         self._loaded, self._limit = loaded(run.eval), run.eval.tasks_limit or None
         # As training does, each text begins with a bos.
-        self._model = Model(
-            built.scorer, None, tokenizer, built.mesh, run.data.length, add_bos=True, tick=tick
-        )
+        lm, mesh, length = built.scorer, built.mesh, run.data.length
+        self._model = Model(lm, None, folder, mesh, length, {eos}, add_bos=True, tick=tick)
 
     def results(self, params, *, writer: bool) -> dict[str, Any]:
         """lm-eval's results, without the samples; standard errors only for who writes them."""

@@ -73,13 +73,24 @@ def through_jaxlm(folder, name):
     import jax
 
     from jaxlm.evals import tasks as loader
-    from tests.evals.opened_by_hand import harness
 
     model, tasks = prepared(folder, name)
     loaded = loader.load(local_tasks.TASKS, include=str(tasks))
     with jax.default_matmul_precision("highest"):
-        results = loader.evaluate(harness(model), loaded, bootstrap_iters=100, **RUNS[name][1])
+        results = loader.evaluate(opened(model), loaded, bootstrap_iters=100, **RUNS[name][1])
     return local_tasks.kept(results)
+
+
+def opened(folder):
+    """Our lm-eval model of a Hugging Face folder."""
+    from jaxlm.evals.model import Model
+    from jaxlm.generate.prompts import end_tokens
+    from jaxlm.opened import open_model
+
+    found = open_model(folder)
+    ends = end_tokens(found.tokenizer, found.folder)
+    model = Model(found.lm, found.params, found.folder, found.mesh, found.length, ends)
+    return model.for_lm_eval()
 
 
 def compare(theirs, ours):

@@ -12,7 +12,7 @@ Each process of several calls everything alike; the arrays behind `score` and `g
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from lm_eval.api.model import TemplateLM
@@ -23,21 +23,13 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxlm.evals.model import Prompt
 from jaxlm.evals.score import Request, Score, summed
 from jaxlm.evals.texts import Texts
 
 NEW_TOKENS = 256  # where a task names no number, as in lm-eval
 # Keyword arguments of a task's generation -> those of our sampler.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-class Prompt(NamedTuple):
-    """Up to `tokens` ids that follow `ids`, or fewer if one of `stops` appears in their text."""
-
-    ids: list[int]
-    tokens: int
-    stops: tuple[str, ...]
-    sampling: dict[str, float]  # keys of `SAMPLING`; temperature 0 = the likeliest token
 
 
 class Jaxlm(TemplateLM):

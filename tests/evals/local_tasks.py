@@ -132,12 +132,17 @@ def _task(folder, name, rows, common, **keys):
     (folder / f"{name}.yaml").write_text(json.dumps(keys, indent=1))
 
 
-def write_model(folder: pathlib.Path, bos: bool) -> dict[str, np.ndarray]:
-    """A Hugging Face folder of a random Llama; `bos`: its tokenizer begins texts with one."""
+def write_model(folder: pathlib.Path, bos: bool, **changed) -> dict[str, np.ndarray]:
+    """A Hugging Face folder of a random Llama; `bos`: its tokenizer begins texts with one.
+
+    `changed`: fields of its configuration.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = write_tokenizer(folder, bos)
+    c = MODEL | changed
+    size = write_tokenizer(folder, bos, c["max_position_embeddings"])
+    vocabulary = c.get("vocab_size", size)
     rng = np.random.default_rng(0)
-    c, D, F = MODEL, MODEL["hidden_size"], MODEL["intermediate_size"]
+    D, F = c["hidden_size"], c["intermediate_size"]
     heads, kv = (c[f"num_{k}_heads"] * c["head_dim"] for k in ("attention", "key_value"))
     draw = lambda rows, columns: rng.normal(size=(rows, columns)).astype(np.float32) * columns**-0.5
     tensors = {
@@ -155,14 +160,14 @@ def write_model(folder: pathlib.Path, bos: bool) -> dict[str, np.ndarray]:
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{block}{name}.weight"] = rng.uniform(0.5, 1.5, D).astype(np.float32)
     tensors["model.norm.weight"] = rng.uniform(0.5, 1.5, D).astype(np.float32)
-    config = MODEL | {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2}
-    config |= {"eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    config = c | {"vocab_size": vocabulary, "bos_token_id": size - 2}
+    config |= {"eos_token_id": size - 1, "pad_token_id": size - 1}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return tensors
 
 
-def write_tokenizer(folder: pathlib.Path, bos: bool) -> int:
+def write_tokenizer(folder: pathlib.Path, bos: bool, length: int) -> int:
     """A byte-level BPE with a few merges; returns its size, of which the last are bos and eos."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
@@ -184,7 +189,7 @@ def write_tokenizer(folder: pathlib.Path, bos: bool) -> int:
         "eos_token": "</s>",
         "pad_token": "</s>",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": CONTEXT,
+        "model_max_length": length,
         "chat_template": (
             "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}"
             "{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -12,8 +12,7 @@ pytest.importorskip("lm_eval")
 
 from jaxlm.evals import tasks
 from tests.evals import local_tasks
-from tests.evals.opened_by_hand import harness
-from tools.evaluation_parity import RUNS
+from tools.evaluation_parity import RUNS, opened
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "lm_eval_hf.json"
 THEIRS = json.loads(FIXTURE.read_text())
@@ -37,7 +36,7 @@ def loaded(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_answers_and_metrics_are_those_of_lm_evals_hf_backend(run, folder, loaded):
-    model = harness(folder / run)
+    model = opened(folder / run)
     results = tasks.evaluate(model, loaded, bootstrap_iters=100, **RUNS[run][1])
     ours = local_tasks.kept(results)
     for task, theirs in THEIRS[run].items():
