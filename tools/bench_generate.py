@@ -208,17 +208,16 @@ def main(argv=None):
     print(f"prompts of {args.prompt} tokens, {args.new} new ones", flush=True)
     head = f"\n{'':16}{'rows':>6}{'first, ms':>12}{'prefill/s':>12}{'decode/s':>12}{'ms/step':>10}"
     head += f"{'× limit':>9}  times as fast as torch"
-    lines = []
+    print(head)
     for dtype in args.dtypes.split(","):
         workers = [Worker(dtype, sys.executable, {"side": "jax", "dtype": dtype}, args)]
         if args.torch:
             job = {"side": "torch", "dtype": dtype}
             workers.append(Worker(f"torch {dtype}", args.torch, job, args))
         for rows in args.batches.split(","):
-            lines += compare(workers, int(rows), args)
+            print("\n".join(compare(workers, int(rows), args)), flush=True)
         for worker in workers:
             worker.end()
-    print("\n".join([head, *lines]))
     return None
 
 
