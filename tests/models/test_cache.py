@@ -56,6 +56,7 @@ OPTIONS = {
     },
     "learned positions": {"learned_positions": 12, "norm": "layer", "attention_scale": 0.3},
     "experts": {"experts": 4, "ffn_width": 48, "rotary_fraction": 0.5, "scan_layers": "on"},
+    "pattern": {"layers": 3, "layer_pattern": "local global", "window": 4},
     "parallel": {"parallel_residual": True, "qk_norm": True, "kv_heads": 4, "head_width": 6},
 }
 
