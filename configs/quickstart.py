@@ -15,18 +15,18 @@ from jaxlm.config import defaults, source
 def get_config():
     c = defaults()
     c.name = "quickstart"
-    c.steps = 1250
+    c.steps = 1150
     c.batch = 16
     c.data.length = 128
-    c.data.mix.code = source(source="stdlib-code", weight=0.6)
-    c.data.mix.prose = source(source="stdlib-prose", weight=0.4)
+    c.data.mix.code = source(source="stdlib-code", weight=0.7)
+    c.data.mix.prose = source(source="stdlib-prose", weight=0.3)
     c.data.tokenizer = "bpe"
     c.data.vocabulary = 4096
     c.model.update(width=128, layers=4, heads=2, qk_norm=True, loss_chunk=512)
-    c.optimizer.update(name="muon", learning_rate=9e-3, adam_learning_rate=0.02)
-    c.optimizer.update(schedule="linear", decay_fraction=0.5)
-    c.checkpoint.every = 250
-    c.eval.every = 625
+    c.optimizer.update(name="muon", learning_rate=9e-3, adam_learning_rate=0.012)
+    c.optimizer.update(schedule="linear", decay_fraction=0.4)
+    c.checkpoint.every = 230
+    c.eval.every = 575
     own_text = "code=1.30 prose=1.60" if sys.version_info < (3, 12) else "code=1.34 prose=1.63"
     c.expect.update(bits_per_char=own_text, minutes=5.0)
     return c
