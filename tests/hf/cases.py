@@ -64,7 +64,7 @@ _GPT2: Json = {
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
-    "n_positions": 64,
+    "n_positions": 128,
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "resid_pdrop": 0.0,

@@ -17,6 +17,7 @@ from jaxlm.hf import folder as hf
 from jaxlm.hf.load import load
 from jaxlm.models.transformer import decoder
 from jaxlm.params import of_layers
+from jaxlm.sharding import param_shardings
 
 LIMIT = 1e-4
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "parity"
@@ -25,33 +26,45 @@ FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "parity"
 class Ours:
     """The model of a Hugging Face folder, in jax, float32."""
 
-    def __init__(self, path):
+    def __init__(self, path, mesh=None):
         source = hf.open_folder(path)
         self.options = dataclasses.replace(source.options, dtype="float32", param_dtype="float32")
         self.lm = decoder(self.options, "cpu")
         abstract = jax.eval_shape(self.lm.init, jax.random.key(0))
+        if mesh:
+            where = param_shardings(self.lm.axes, abstract, mesh)
+            place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+            abstract = jax.tree.map(place, abstract, where)
         self.params = load(source, abstract, self.options)
         self.links = hf.matched(source, of_layers(named(abstract)), self.options)
         self.forward = jax.jit(lambda p, b: self.lm.unembed(p, self.lm.hidden(p, b)[0]))
-        self.grad = jax.jit(jax.grad(self._loss))
+        self.grad = jax.jit(jax.grad(self._loss, has_aux=True))
 
     def difference(self, documents, expected, layout=None):
         """The largest difference of a logit, in that layout (None: each document alone)."""
         batches = [layout(documents)] if layout else [packed([text]) for text in documents]
-        found = [x for batch in batches for x in self._of_documents(batch)]
+        found = [x for batch in batches for x in self.of_documents(batch)]
         return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True))
 
-    def _of_documents(self, batch):
-        logits_BLV = np.asarray(self.forward(self.params, batch))
-        segments = np.asarray(batch["segments"])
-        for row in range(len(segments)):
-            for segment in range(1, segments[row].max() + 1):
-                yield logits_BLV[row, segments[row] == segment]
+    def of_documents(self, batch):
+        """Yields the logits of each document of each row."""
+        yield from split(batch, self.forward(self.params, batch))
 
     def gradients(self, documents):
         """Of the summed loss of all documents, packed, by the names of the folder's tensors."""
-        ours = named(self.grad(self.params, packed(documents)))
-        found = {}
+        return self.at_once(documents)[1]
+
+    def at_once(self, documents):
+        """Logits of each document packed and padded, and gradients, by one program."""
+        one = packed(documents)
+        more = padded(documents, one["tokens"].shape[1])
+        batch = {key: np.concatenate([one[key], more[key]]) for key in one}
+        batch["weights"] = np.arange(len(batch["tokens"])) == 0
+        grads, logits = self.grad(self.params, batch)
+        return list(split(batch, logits)), self._named(grads)
+
+    def _named(self, grads):
+        ours, found = named(grads), {}
         for link in self.links:
             parts = link.form.theirs(*(ours[path] for path in link.ours))
             found |= dict(zip(link.theirs, map(np.asarray, parts), strict=True))
@@ -59,9 +72,19 @@ class Ours:
 
     def _loss(self, params, batch):
         hidden, _, _ = self.lm.hidden(params, batch)
-        logprobs = jax.nn.log_softmax(self.lm.unembed(params, hidden))
+        logits = self.lm.unembed(params, hidden)
+        logprobs = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(logprobs, batch["targets"][:, :, None], axis=2)[:, :, 0]
-        return -jnp.sum(jnp.where(batch["segments"] > 0, chosen, 0.0))
+        counts = (batch["segments"] > 0) & batch["weights"][:, None]
+        return -jnp.sum(jnp.where(counts, chosen, 0.0)), logits
+
+
+def split(batch, logits_BLV):
+    """Yields the logits of each document of each row."""
+    segments, logits_BLV = np.asarray(batch["segments"]), np.asarray(logits_BLV)
+    for row in range(len(segments)):
+        for segment in range(1, segments[row].max() + 1):
+            yield logits_BLV[row, segments[row] == segment]
 
 
 def apart(found, expected) -> dict[str, float]:
@@ -102,12 +125,9 @@ def packed(documents):
     return _batch([documents], sum(map(len, documents)) + 5, left=False)
 
 
-def padded(documents):
+def padded(documents, length=43):
     """A row for each document, padded on the left in every second one."""
-    rows = [
-        _batch([[text]], max(map(len, documents)) + 3, left=i % 2 == 1)
-        for i, text in enumerate(documents)
-    ]
+    rows = [_batch([[text]], length, left=i % 2 == 1) for i, text in enumerate(documents)]
     return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 
 
