@@ -44,6 +44,7 @@ def requests(rng, number, longest):
         yield Request(ids[:-1], ids[-targets:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_request_is_scored_as_if_it_were_alone(model, devices):
     lm, params = model
@@ -59,6 +60,7 @@ def test_a_request_is_scored_as_if_it_were_alone(model, devices):
         np.testing.assert_array_equal(greedy, likeliest)
 
 
+@pytest.mark.slow
 def test_logits_in_parts_are_the_same(model, monkeypatch):
     lm, params = model
     some = list(requests(np.random.default_rng(1), 8, 30))
@@ -75,6 +77,7 @@ def test_options_that_differ_in_their_last_token_are_read_once():
     assert [(p.requests, p.slots) for p in pieces] == [([0, 1, 2, 3], 4)]
 
 
+@pytest.mark.slow
 def test_a_shape_is_compiled_once(model):
     lm, params = model
     traces = []

@@ -17,10 +17,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == "plain" else pytest.mark.slow) for n in OPTIONS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_greedy_is_the_likeliest_token_of_the_whole_text(name):
     options = OPTIONS[name]
     _, params = model(**options)
@@ -80,6 +78,7 @@ def test_many_draws_have_the_probabilities_of_the_model():
     assert np.all(np.abs(counts_V - 2048 * probs_V) < 5 * spread_V + 1)
 
 
+@pytest.mark.slow
 def test_it_ends_at_an_end_token_and_without_it():
     _, params = model()
     whole, _ = plain(prompt(9), 12)
@@ -91,6 +90,7 @@ def test_it_ends_at_an_end_token_and_without_it():
     assert result.finish == "stop"
 
 
+@pytest.mark.slow
 def test_it_ends_before_a_stop_string_that_several_tokens_make():
     _, params = model()
     whole, _ = plain(prompt(9), 12)
@@ -107,6 +107,7 @@ def test_it_ends_before_a_stop_string_that_several_tokens_make():
     assert "".join(told) == result.text
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_shape():
     lm, params = model()
     traced = []

@@ -73,6 +73,7 @@ def test_filters_keep_the_likeliest_and_what_they_promise(values, top_k, top_p, 
     assert likely <= kept(Sampling(min_p=min_p), logits_BV)
 
 
+@pytest.mark.slow
 def test_a_row_draws_by_its_own_key_from_what_is_left():
     sampling = Sampling(temperature=0.5, top_k=3)
     keys_B = jax.vmap(jax.random.key)(jnp.arange(4000, dtype=jnp.uint32))
