@@ -17,7 +17,7 @@ from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.family import Family, Json, unread
 from jaxlm.hf.links import Link
 from jaxlm.hf.tensors import Spec, names_of
-from jaxlm.models.options import DecoderConfig
+from jaxlm.models.options import DTYPES, DecoderConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -32,9 +32,9 @@ class Source(NamedTuple):
 
     @property
     def options(self) -> DecoderConfig:
-        """The model; dtypes are those of the file's tensors."""
-        kinds = [tensors.DTYPES[spec.code] for spec in self.tensors.values()]
-        dtype = str(max(set(kinds), key=kinds.count))
+        """The model; dtypes are that of most tensors, float32 where it is none that a model has."""
+        kinds = [str(tensors.DTYPES.get(spec.code)) for spec in self.tensors.values()]
+        dtype = max(DTYPES, key=kinds.count)
         return DecoderConfig(**options(self.path)[0], dtype=dtype, param_dtype=dtype)
 
     @property
