@@ -42,6 +42,7 @@ class Opened(NamedTuple):
     mesh: jax.sharding.Mesh
     length: int  # tokens of context that it was trained with
     folder: Path  # of the tokenizer, where a chat template lies too if there is one
+    ends: frozenset[int]  # tokens that end a text: eos, and what a generation_config.json names
 
 
 def open_model(
@@ -66,15 +67,17 @@ def open_model(
         return _run(folder, step, spec, devices, say)
     if found := kept.read(folder):
         load = lambda abstract: load_params(folder, abstract, step=step, say=say)
-        return _model(found.options, found.length, load, folder / "tokenizer", spec, devices)
+        where = folder / "tokenizer"
+        return _model(found.options, found.length, load, where, found.generation, spec, devices)
     source = hf.open_folder(folder)
     for note in source.notes:
         say(f"Note: {note}.")
     load = lambda abstract: load_hf(source, abstract, source.options)
-    return _model(source.options, kept.length(source.config), load, folder, spec, devices)
+    model, length = source.options, kept.length(source.config)
+    return _model(model, length, load, folder, kept.generation(folder), spec, devices)
 
 
-def _model(model, length, load, folder, spec, devices):
+def _model(model, length, load, folder, generation, spec, devices):
     """Of options and a function from the params' shapes and layout to the params."""
     tokenizer = tokenizers.load(folder)
     hf.require_rows(tokenizer, model.vocabulary, folder)
@@ -84,7 +87,8 @@ def _model(model, length, load, folder, spec, devices):
         where = sharding.param_shardings(lm.axes, shapes, mesh)
         place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
         params = load(jax.tree.map(place, shapes, where))
-    return Opened(lm, params, tokenizer, model, mesh, length, folder.absolute())
+    ends = frozenset({tokenizer.eos, *kept.ends(generation)})
+    return Opened(lm, params, tokenizer, model, mesh, length, folder.absolute(), ends)
 
 
 def _run(workdir, step, spec, devices, say):
@@ -104,6 +108,7 @@ def _run(workdir, step, spec, devices, say):
     with jax.set_mesh(mesh):
         built = build(run, tokenizer.vocabulary_size, devices)
         params = load_params(workdir, built.abstract.params, step=step, say=say)
-    return Opened(
-        built.scorer, params, tokenizer, built.apart, mesh, run.data.length, folder.absolute()
-    )
+    began = kept.read(workdir)  # if it was with a Hugging Face model
+    ends = frozenset({tokenizer.eos, *kept.ends(began.generation if began else {})})
+    length, where = run.data.length, folder.absolute()
+    return Opened(built.scorer, params, tokenizer, built.apart, mesh, length, where, ends)

@@ -84,12 +84,10 @@ def through_jaxlm(folder, name):
 def opened(folder):
     """Our lm-eval model of a Hugging Face folder."""
     from jaxlm.evals.model import Model
-    from jaxlm.generate.prompts import end_tokens
     from jaxlm.opened import open_model
 
     found = open_model(folder)
-    ends = end_tokens(found.tokenizer, found.folder)
-    model = Model(found.lm, found.params, found.folder, found.mesh, found.length, ends)
+    model = Model(found.lm, found.params, found.folder, found.mesh, found.length, found.ends)
     return model.for_lm_eval()
 
 

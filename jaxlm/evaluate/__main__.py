@@ -28,7 +28,6 @@ from jaxlm import report
 from jaxlm.evals import stream, tasks
 from jaxlm.evals.model import Model
 from jaxlm.evaluate import compress, write
-from jaxlm.generate.prompts import end_tokens
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.opened import open_model
@@ -150,7 +149,7 @@ def _opened(flags, console) -> Model:
             opened.folder,
             opened.mesh,
             opened.length,
-            end_tokens(opened.tokenizer, opened.folder),
+            opened.ends,
             tokens=flags.batch_tokens,
             add_bos=bos,
             tick=lambda done, total: console.progress(done, total, unit="request"),

@@ -50,8 +50,7 @@ def main() -> int:
     ids = read.encoded(prompts, tokenizer, opened.folder)
     if flags.keep_end:
         ids = [tokens[-opened.length :] for tokens in ids]
-    ends = read.end_tokens(tokenizer, opened.folder)
-    generate = Generator(opened.lm, opened.length, tokenizer.decode, ends, rows=flags.rows)
+    generate = Generator(opened.lm, opened.length, tokenizer.decode, opened.ends, rows=flags.rows)
     asked = [
         Request(tokens, flags.tokens, flags.seed + i, tuple(flags.stop))
         for tokens in ids

@@ -96,13 +96,5 @@ class ChatTemplate:
             ) from None
 
 
-def end_tokens(tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
-    """Tokens that end a text: eos, and those that the folder's generation_config.json names."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    return frozenset({tokenizer.eos, *named})
-
-
 def _reason(error):
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -62,8 +62,27 @@ def read(folder: Path) -> Kept | None:
 
 def of_hf(folder: Path, options: DecoderConfig) -> Kept:
     """What there is to remember of a Hugging Face folder."""
+    return Kept(options, json.loads((folder / "config.json").read_text()), generation(folder))
+
+
+def ends(generation: Json) -> list[int]:
+    """The tokens that end a text, as a generation_config.json names them."""
+    named = generation.get("eos_token_id")
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
+def generation(folder: Path) -> Json:
+    """Its generation_config.json, {} if there is none. Raises `ValueError` for one that is none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
     try:
-        generation = json.loads((folder / "generation_config.json").read_text())
-    except (OSError, ValueError):
-        generation = {}
-    return Kept(options, json.loads((folder / "config.json").read_text()), generation)
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(end, int) for end in ends(found)):
+        raise ValueError(
+            f"{path} does not say which tokens end a text: it has to be a JSON object, its "
+            "eos_token_id a number or a list of them; repair or remove it"
+        )
+    return found

@@ -178,6 +178,7 @@ def test_both_folders_open_as_the_same_model(source, ours):
     assert one.length == two.length == 64
     assert one.model == two.model
     assert one.tokenizer.vocabulary_size == 258
+    assert one.ends == two.ends == {2, one.tokenizer.eos}, "generation_config.json comes along"
 
 
 def test_a_damaged_part_is_noticed(ours, tmp_path):

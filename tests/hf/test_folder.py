@@ -8,7 +8,7 @@ from cases import CASES, save
 from fake import shapes_of
 
 from jaxlm.convert import from_hf
-from jaxlm.hf import folder, tensors
+from jaxlm.hf import folder, kept, tensors
 
 
 @pytest.fixture
@@ -141,3 +141,36 @@ def test_what_exists_is_not_written_over(llama, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         from_hf(llama[0], tmp_path / "out", say=lambda text: None)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "I64"])
+def test_tensors_of_a_kind_that_no_model_here_has_are_named(llama, tmp_path, code):
+    path, _ = llama
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    width = {"F8_E4M3": 1, "I64": 8}[code]
+    at = 0
+    for entry in (one for name, one in header.items() if name != "__metadata__"):
+        end = at + int(np.prod(entry["shape"])) * width
+        entry |= {"dtype": code, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(at))
+    said = refusal(path, tmp_path / "out")
+    assert f"neither float32, float16 nor bfloat16: lm_head.weight ({code})" in said
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": "<|end|>"}'])
+def test_a_generation_config_that_is_none_is_told(tmp_path, text):
+    assert kept.generation(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="does not say which tokens end a text"):
+        kept.generation(tmp_path)
+
+
+@pytest.mark.parametrize(("named", "ends"), [(None, []), (0, [0]), ([10, 2], [10, 2])])
+def test_tokens_that_end_a_text(tmp_path, named, ends):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert kept.ends(kept.generation(tmp_path)) == ends
