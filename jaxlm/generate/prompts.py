@@ -24,9 +24,11 @@ class Prompt(NamedTuple):
 def from_file(path: Path) -> list[Prompt]:
     """The prompts of a file. Raises `ValueError` naming the line that is none."""
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts {str(path)!r} cannot be read: {error}") from None
+    # Not `splitlines`: a prompt may hold Unicode's separators, which JSON leaves as they are.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if path.suffix == ".jsonl":
         found = [_parsed(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:

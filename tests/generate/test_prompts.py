@@ -40,6 +40,15 @@ def test_lines_of_json(tmp_path):
     assert from_file(path) == [Prompt("a\nb"), Prompt(messages=messages)]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
+def test_a_prompt_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path, mark):
+    (tmp_path / "asked.txt").write_text(f"a{mark}b\nc\n", encoding="utf-8")
+    assert from_file(tmp_path / "asked.txt") == [Prompt(f"a{mark}b"), Prompt("c")]
+    row = json.dumps({"prompt": f"a{mark}b"}, ensure_ascii=False)
+    (tmp_path / "asked.jsonl").write_text(f"{row}\n", encoding="utf-8")
+    assert from_file(tmp_path / "asked.jsonl") == [Prompt(f"a{mark}b")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
