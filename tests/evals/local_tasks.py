@@ -216,7 +216,7 @@ def largest_gap(theirs, ours) -> float:
     gap = 0.0
     for one, other in zip(_flat(theirs), _flat(ours), strict=True):
         if isinstance(one, float) and isinstance(other, float):
-            gap = max(gap, abs(one - other))
+            gap = float(np.maximum(gap, abs(one - other)))  # NaN stays NaN, unlike with `max`
         elif one != other:
             return float("inf")
     return gap

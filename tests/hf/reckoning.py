@@ -44,7 +44,7 @@ class Ours:
         """The largest difference of a logit, in that layout (None: each document alone)."""
         batches = [layout(documents)] if layout else [packed([text]) for text in documents]
         found = [x for batch in batches for x in self.of_documents(batch)]
-        return max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True))
+        return float(np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)]))
 
     def of_documents(self, batch):
         """Yields the logits of each document of each row."""
