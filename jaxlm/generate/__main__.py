@@ -112,7 +112,10 @@ def _checked(flags):
         )
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    if flags.output and not Path(flags.output).expanduser().parent.is_dir():
+    output = Path(flags.output).expanduser()
+    if flags.output and output.is_dir():
+        raise ValueError(f"--output={flags.output} is a folder; name a file in it")
+    if flags.output and not output.parent.is_dir():
         raise ValueError(f"--output={flags.output}: there is no folder to write it into")
     if flags.prompts and flags.prompt is not None:
         raise ValueError("--prompt and --prompts are both given; leave one of them out")
