@@ -16,6 +16,7 @@ process.start(__name__)
 
 import argparse
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import jax
 from jaxlm import report
 from jaxlm.evals import stream, tasks
 from jaxlm.evals.model import Model
-from jaxlm.evaluate import compress, write
+from jaxlm.evaluate import answers, compress, write
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.opened import open_model
@@ -65,6 +66,10 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
             f"--chat: the tokenizer of {flags.checkpoint} has no chat template; put "
             "chat_template.jinja beside its tokenizer.json, or leave --chat out"
         )
+    cache = None
+    if flags.use_cache:
+        name = str(Path(flags.use_cache).expanduser())
+        cache = answers.file_of(name, model.params, model.length, model.texts.add_bos)
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker()
@@ -76,7 +81,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
             model_args={"pretrained": flags.checkpoint},
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
-            use_cache=flags.use_cache or None,
+            use_cache=cache,
             cache_requests=flags.cache_requests,
             gen_kwargs=flags.gen_kwargs or None,
             apply_chat_template=flags.chat,
@@ -231,16 +236,21 @@ def _refuse(flags):
     for name, low in least.items():
         if (value := getattr(flags, name)) is not None and value < low:
             raise ValueError(f"--{name}={value} must be at least {low}")
-    if flags.min_k > 100:
+    if not flags.min_k <= 100:
         raise ValueError(f"--min_k={flags.min_k:g} is a share in percent, at most 100")
-    if flags.limit is not None and flags.limit <= 0:
-        raise ValueError(f"--limit={flags.limit:g} must be above 0; leave it out for all items")
+    if flags.limit is not None and not 0 < flags.limit < math.inf:
+        raise ValueError(
+            f"--limit={flags.limit:g} must be a number above 0; leave it out for all items"
+        )
     if flags.stride > flags.window:
         raise ValueError(
             f"--stride={flags.stride} would leave tokens unscored: it may be at most "
             f"--window={flags.window}"
         )
-    if flags.use_cache and cluster.place():
+    where = cluster.place()
+    if flags.output and not (where and where.process):
+        write.require_folder(Path(flags.output).expanduser())
+    if flags.use_cache and where:
         raise ValueError(
             "--use_cache keeps answers in a file of one process: leave it out where several "
             "processes evaluate together"

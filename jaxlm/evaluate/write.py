@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from jaxlm.folder import versions
 def stamp() -> str:
     """The time as lm-eval writes it into the names of its files."""
     return datetime.datetime.now().isoformat().replace(":", "-")
+
+
+def require_folder(folder: Path) -> None:
+    """Raises `ValueError` where nothing can be written into such a folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written into" if there.is_dir() else "is no folder"
+        raise ValueError(f"the results cannot go to {folder}: {there} {what}")
 
 
 def tasks(folder: Path, results: dict[str, Any], about: dict[str, Any], *, samples: bool) -> Path:
@@ -81,10 +90,9 @@ def _finite(value):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value):
-    if isinstance(value, np.generic):
-        return value.item()
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
