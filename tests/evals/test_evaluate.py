@@ -27,6 +27,7 @@ def trained(home):  # noqa: F811
         "--config.eval.tasks_every=10",
         "--config.eval.tasks_limit=4",
         "--config.data.length=96",
+        "--config.eval.samples=",
     )
     return home / "run"
 
