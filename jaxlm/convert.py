@@ -152,6 +152,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another name, or remove it first")
+    out = out.absolute()  # Orbax wants it, and mkdtemp of Python 3.11 leaves a folder relative
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(prefix=f".{out.name}.half-", dir=out.parent))

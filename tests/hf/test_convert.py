@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -160,6 +161,15 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match=r"has 258 tokens, and the embedding .* only 61 rows"):
         from_hf(tmp_path / "hf", tmp_path / "out", **quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_named_as_one_types_them(source, ours, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    from_hf(Path("model"), Path("out"), **quiet)
+    to_hf(Path("out"), Path("back"), **quiet)
+    jax.tree.map(np.testing.assert_array_equal, params_of(Path("out")), params_of(ours))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out"]
 
 
 def test_a_failed_export_leaves_nothing(ours, tmp_path, monkeypatch):
