@@ -193,6 +193,11 @@ def _load_with_transformers(folder: pathlib.Path, name: str) -> Tokenizer:
     except Exception as error:  # many kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from None
+    if set(backend.get_vocab()) <= set(backend.all_special_tokens):
+        raise ValueError(  # transformers makes an empty tokenizer up from model_type alone
+            f"no tokenizer can be loaded from {folder}: it has no vocabulary; copy the model's "
+            "tokenizer files into it, tokenizer.json above all"
+        )
     special = {"bos_token": backend.bos_token_id, "eos_token": backend.eos_token_id}
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size < 2**27)
     content = b"".join(p.read_bytes() for p in files if "token" in p.name or "vocab" in p.name)

@@ -100,6 +100,14 @@ def test_a_folder_with_only_eos_uses_it_for_both(folders, tmp_path):
     assert found.bos == found.eos == 1
 
 
+@pytest.mark.slow  # imports transformers
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma2", "gpt_neox", "llama"])
+def test_no_tokenizer_is_made_up(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
+        tokenizer.load(tmp_path)
+
+
 def test_errors_say_what_to_do(tmp_path, folders):
     with pytest.raises(ValueError, match=r"is no folder; data\.tokenizer is 'bpe', 'byte' or"):
         tokenizer.load(tmp_path / "absent")
