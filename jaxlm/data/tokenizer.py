@@ -178,7 +178,10 @@ def _special(folder: pathlib.Path, key: str, to_id: Callable) -> int | None:
     """The id that the folder's configuration gives to bos_token or eos_token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
-        token = json.loads(path.read_text()).get(key) if path.is_file() else None
+        try:
+            token = json.loads(path.read_text()).get(key) if path.is_file() else None
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} cannot be read: it has to be a JSON object") from None
         token = token.get("content") if isinstance(token, dict) else token
         if token and to_id(token) is not None:
             return to_id(token)

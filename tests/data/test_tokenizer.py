@@ -117,5 +117,9 @@ def test_errors_say_what_to_do(tmp_path, folders):
     (tmp_path / "tokenizer.json").write_bytes((folders / "byte" / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="neither a bos nor an eos"):
         tokenizer.load(tmp_path)
+    for half in ('{"bos_token":', "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(half)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read: it has to"):
+            tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="at least 256 bytes"):
         tokenizer.train_bpe([], 100, tmp_path)
