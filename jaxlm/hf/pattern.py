@@ -10,10 +10,14 @@ Json = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def options(window: int | None, local: list[bool]) -> Json:
-    """Our options, from the window and which layers have it."""
-    if not window or not any(local):
+def options(window: int | None, local: list[bool], *, always: bool = False) -> Json:
+    """Our options, from the window and which layers have it.
+
+    `always`: which layers are local is said even where none has a window; they differ otherwise.
+    """
+    if not always and not (window and any(local)):
         return {"window": 0}
+    window = window or 0
     if all(local):
         return {"window": window}
     again = lambda period: all(one == local[i % period] for i, one in enumerate(local))

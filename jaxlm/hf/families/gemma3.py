@@ -22,7 +22,7 @@ def options(hf: Json) -> Json:
     usual = [(i + 1) % every != 0 for i in range(common.number(hf, "num_hidden_layers"))]
     return (
         gemma2.shape({key: hf[key] for key in hf if key not in rope.KEYS}, GLOBAL)
-        | pattern.options(hf.get("sliding_window", 4096), pattern.local(hf, usual))
+        | pattern.options(hf.get("sliding_window", 4096), pattern.local(hf, usual), always=True)
         | _turns(hf)
         | {"qk_norm": True}
     )
