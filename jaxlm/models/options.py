@@ -62,9 +62,7 @@ class DecoderConfig:
     activation: str = "swiglu"  # a name of ACTIVATIONS
     experts: int = 0  # feed-forwards, of which each token takes a few; 0 = one for all
     experts_per_token: int = 2
-    router_balance: float = (
-        0.0  # weight of the loss that makes experts equally used (Mixtral: 0.02)
-    )
+    router_balance: float = 0.0  # weight of the loss that evens out experts (Mixtral: 0.02)
     qkv_bias: bool = False  # on query, key and value only (Qwen 2)
     attention_bias: bool = False  # on all four kernels of attention
     mlp_bias: bool = False
@@ -267,6 +265,13 @@ def _refuse_rotary(config):
         raise ValueError(
             f"config.model.rope_scaling is {config.rope_scaling!r}, but there are no rotary "
             f"positions with config.model.learned_positions = {config.learned_positions}."
+        )
+    unscaled = config.local_rope_theta and not config.layer_pattern
+    if scaling and unscaled:
+        raise ValueError(
+            f"config.model.rope_scaling is {config.rope_scaling!r}, which no layer uses: with "
+            "config.model.local_rope_theta the local ones are not scaled, and all are local; set "
+            "config.model.layer_pattern, or rope_theta alone."
         )
     if scaling == "dynamic" and width == 2:
         raise ValueError(

@@ -63,8 +63,12 @@ def parse(text: str) -> tuple[str, dict[str, float]]:
         raise ValueError(f"{where}: it needs {' and '.join(f'{key}=...' for key in missing)}.")
     for key, value in numbers.items():
         least = LEAST.get(key, 0.0)
-        if not value >= least:
-            raise ValueError(f"{where}: {key} has to be at least {least:g}.")
+        if not least <= value < math.inf:
+            raise ValueError(f"{where}: {key} has to be finite, and at least {least:g}.")
+    if kind == "llama3" and not numbers["low"] < numbers["high"]:
+        raise ValueError(f"{where}: low has to be below high: between them the division fades out.")
+    if kind == "yarn" and not 0 < numbers["slow"] <= numbers["fast"]:
+        raise ValueError(f"{where}: slow has to be above 0, and fast at least as large.")
     return kind, numbers
 
 

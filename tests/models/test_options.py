@@ -46,6 +46,10 @@ REFUSED = [
         ["config.model.rope_scaling", "learned_positions = 9"],
     ),
     (
+        {"local_rope_theta": 10.0, "rope_scaling": "linear factor=2"},
+        ["config.model.rope_scaling", "no layer uses", "layer_pattern"],
+    ),
+    (
         {"head_width": 2, "rope_scaling": "dynamic factor=2 length=8"},
         ["config.model.rope_scaling", "only 2 units"],
     ),

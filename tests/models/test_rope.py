@@ -70,8 +70,12 @@ REFUSED = [
     ("linear facto=2", ["did you mean 'factor'"]),
     ("linear factor=two", ["factor has to be a number, not 'two'"]),
     ("llama3 factor=8", ["it needs length=..."]),
-    ("linear factor=0.5", ["factor has to be at least 1"]),
-    ("linear factor=nan", ["factor has to be at least 1"]),
+    ("linear factor=0.5", ["factor has to be finite, and at least 1"]),
+    ("linear factor=nan", ["factor has to be finite, and at least 1"]),
+    ("dynamic factor=inf length=8", ["factor has to be finite"]),
+    ("llama3 factor=8 length=64 low=4 high=4", ["low has to be below high"]),
+    ("yarn factor=2 length=64 slow=0", ["slow has to be above 0"]),
+    ("yarn factor=2 length=64 slow=32 fast=1", ["fast at least as large"]),
 ]
 
 
