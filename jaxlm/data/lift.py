@@ -8,7 +8,7 @@ both break is never drawn. The paper's headline model trains on the originals an
 
 A word is a run of letters and digits; a contraction counts as two ("do n't"), as in the NLTK
 tokenizer that the paper counts with, and punctuation does not count. Unlike there, "..." and
-quotation marks count as nothing.
+quotation marks count as nothing, and "cannot" and "gonna" as one.
 """
 
 import random
@@ -19,7 +19,7 @@ from typing import NamedTuple
 INSTRUCTION = "Answer the following instruction using {limit} words or less.\n\n{prompt}"
 ABOVE = 10  # words of room in the limit that both keep
 
-_WORD = re.compile(r"\w+(?:[-./,:@&]\w+)*")
+_WORD = re.compile(r"\w+(?:(?:[-./'’]|[,:](?=\d))\w+)*")
 _CONTRACTED = re.compile(r"(?<=\w)(?:n['’]t|['’](?:s|m|d|ll|re|ve))\b", re.IGNORECASE)
 
 

@@ -27,6 +27,7 @@ def limit_of(triple):
         ("a state-of-the-art 3.14 e.g. this", 5),
         ("wait ... “quoted”", 2),
         ("Grüße, naïve résumé", 3),
+        ("one,two AT&T a:b 3,000 at 10:30 l'amour", 10),
     ],
 )
 def test_words_by_hand(said, number):
