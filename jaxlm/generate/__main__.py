@@ -5,7 +5,8 @@
 
 Reads the newest good checkpoint (or that of --step). One prompt is shown with its continuation as
 it is written; many are generated in batches. --output writes a JSON object a line: prompt, text,
-finish ("stop" or "length"), seed, and with --logprobs the ids and their log-probabilities.
+finish ("stop" or "length"), seed, and with --logprobs the ids and their log-probabilities; until
+all are there its name ends in .part.
 Several processes (see launch/) spread the model over all their devices, and process 0 prints.
 A model trained for minutes has the style of its text, and no meaning.
 """
@@ -15,13 +16,14 @@ from jaxlm.host import process
 process.start(__name__)
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
 import jax
 
-from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.generate import prompts as read
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.programs import STEPS
@@ -31,6 +33,7 @@ from jaxlm.host import cluster
 from jaxlm.opened import open_model
 
 SHOWN = 4  # tokens between two looks at the terminal
+PART = 256  # answers that are written together
 
 
 def main() -> int:
@@ -47,33 +50,42 @@ def main() -> int:
     say = lambda text: print(text, file=sys.stderr) if here else None
     opened = open_model(flags.checkpoint, step=flags.step, say=say)
     tokenizer = opened.tokenizer
-    ids = read.encoded(prompts, tokenizer, opened.folder)
+    own = (Path(flags.checkpoint).expanduser() / "run.json").is_file()
+    ids = read.encoded(prompts, tokenizer, opened.folder, behind_bos=own)
     if flags.keep_end:
         ids = [tokens[-opened.length :] for tokens in ids]
     generate = Generator(opened.lm, opened.length, tokenizer.decode, opened.ends, rows=flags.rows)
+    generate.refuse([Request(tokens, flags.tokens) for tokens in ids])
     asked = [
         Request(tokens, flags.tokens, flags.seed + i, tuple(flags.stop))
         for tokens in ids
         for i in range(flags.samples)
     ]
-    said = [prompt.text or prompt.messages for prompt in prompts for _ in range(flags.samples)]
+    said = [prompt.messages or prompt.text for prompt in prompts for _ in range(flags.samples)]
     show = here and len(asked) == 1 and not flags.output and not flags.logprobs
     if show:
         print(prompts[0].text, end="", flush=True)
-    with jax.set_mesh(opened.mesh):
-        results = generate(
-            opened.params,
-            asked,
-            sampling,
-            logprobs=flags.logprobs,
-            on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
-            steps=SHOWN if show else STEPS,
-        )
-    if show:
-        print(flush=True)
-    elif here:
-        rows = zip(said, asked, results, strict=True)
-        _write(flags, [_record(*row, flags.logprobs) for row in rows])
+
+    def answered():
+        for start in range(0, len(asked), PART):
+            part = slice(start, start + PART)
+            with jax.set_mesh(opened.mesh):
+                results = generate(
+                    opened.params,
+                    asked[part],
+                    sampling,
+                    logprobs=flags.logprobs,
+                    on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
+                    steps=SHOWN if show else STEPS,
+                )
+            rows = zip(said[part], asked[part], results, strict=True)
+            yield [_record(*row, flags.logprobs) for row in rows]
+
+    if show or not here:
+        list(answered())
+        print(end="\n" if show else "", flush=True)
+    else:
+        _write(flags, answered())
     return 0
 
 
@@ -83,16 +95,22 @@ def _record(prompt, request, result, logprobs):
     return {**record, "ids": result.ids, "logprobs": result.logprobs} if logprobs else record
 
 
-def _write(flags, records):
-    """To the file, whole or not at all; or to the terminal."""
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    if flags.output:
-        write_atomically(Path(flags.output).expanduser(), "".join(f"{x}\n" for x in lines))
-    elif flags.logprobs:
-        print("\n".join(lines))
-    else:
-        for record in records:
-            print(record.get("prompt", "") + record["text"], flush=True)
+def _write(flags, parts):
+    """Records as they come: to the terminal, or to a file that has its name once it is whole."""
+    line = lambda record: json.dumps(record, ensure_ascii=False)
+    if not flags.output:
+        for record in itertools.chain.from_iterable(parts):
+            text = record["text"]
+            print(line(record) if flags.logprobs else record.get("prompt", "") + text, flush=True)
+        return
+    path = Path(flags.output).expanduser()
+    half = path.with_name(path.name + ".part")
+    with half.open("w", encoding="utf-8") as file:
+        for records in parts:
+            file.writelines(f"{line(record)}\n" for record in records)
+            file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
 
 
 def _checked(flags):

@@ -82,7 +82,7 @@ class Generator:
         `on_text(number of the request, more of its text)` is called as text comes, every `steps`
         tokens. Raises `ValueError` for a prompt that is empty or longer than the context.
         """
-        self._refuse(requests)
+        self.refuse(requests)
         texts = [_Row(number, r, self.decode) for number, r in enumerate(requests)]
         waiting = sorted(texts, key=lambda row: len(row.request.ids))
         while waiting:
@@ -143,7 +143,8 @@ class Generator:
         put = lambda x: jax.make_array_from_callback(x.shape, where, lambda part: x[part])
         return jax.tree.map(put, rows)
 
-    def _refuse(self, requests):
+    def refuse(self, requests: Sequence[Request]) -> None:
+        """Raises `ValueError` for a request that cannot be continued."""
         for number, request in enumerate(requests, 1):
             if not len(request.ids):
                 raise ValueError(f"prompt {number} is empty: begin it with the bos token")

@@ -58,28 +58,39 @@ def _is_message(it):
     return isinstance(it, dict) and isinstance(it.get("role"), str) and "content" in it
 
 
-def encoded(prompts: Sequence[Prompt], tokenizer: Tokenizer, folder: Path) -> list[list[int]]:
-    """The tokens of each prompt: a text behind bos, messages as the template of `folder` says."""
-    texts = iter(tokenizer.encode_batch([p.text for p in prompts if not p.messages]))
+def encoded(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, folder: Path, *, behind_bos: bool
+) -> list[list[int]]:
+    """The tokens of each prompt: messages as the template of `folder` says, a text as in training.
+
+    `behind_bos`: every text stood behind bos, as in our runs. Else it is what the tokenizer of
+    `folder` makes of it by itself (Qwen's has no bos); an empty one is bos all the same.
+    """
+    texts = [p.text for p in prompts if not p.messages]
+    if behind_bos:
+        ids = iter([tokenizer.bos, *found] for found in tokenizer.encode_batch(texts))
+    else:
+        theirs = _transformers(folder) if texts else None
+        ids = iter(theirs(text)["input_ids"] or [tokenizer.bos] for text in texts if theirs)
     template = ChatTemplate(folder) if any(p.messages for p in prompts) else None
-    return [
-        template(p.messages) if template and p.messages else [tokenizer.bos, *next(texts)]
-        for p in prompts
-    ]
+    return [template(p.messages) if template and p.messages else next(ids) for p in prompts]
+
+
+def _transformers(folder):
+    import transformers  # takes seconds
+
+    transformers.logging.set_verbosity_error()  # of texts longer than the context, say
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # many kinds
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {_reason(error)}") from None
 
 
 class ChatTemplate:
     """(messages) -> tokens up to where the answer begins. `ValueError` where there is none."""
 
     def __init__(self, folder: Path):
-        import transformers  # takes seconds
-
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True
-            )
-        except Exception as error:  # many kinds
-            raise ValueError(f"{folder} has no tokenizer to chat with: {_reason(error)}") from None
+        self.tokenizer = _transformers(folder)
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{folder} has no chat template, so there is no telling how a conversation is "

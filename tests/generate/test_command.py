@@ -1,8 +1,82 @@
-"""`jaxlm.generate`: what cannot be written is refused before a model is opened."""
+"""What the command writes, and when: the model's answers are made up."""
 
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
 import pytest
 
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate import __main__ as command
+from jaxlm.generate.engine import Generator, Result
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function of flags; all answers are "!", but for those that `failing` is in."""
+    tokenizers.save_byte(tmp_path)
+    (tmp_path / "run.json").touch()
+
+    class Fake(Generator):
+        def __init__(self, lm, context, decode, ends, *, rows):
+            self.context = context
+
+        def __call__(self, params, requests, sampling, **options):
+            if [*b"failing"] in [request.ids[1:] for request in requests]:
+                raise KeyboardInterrupt
+            return [Result([33], "!", [], "length")] * len(requests)
+
+    opened = SimpleNamespace(
+        lm=None,
+        params=None,
+        tokenizer=tokenizers.load(tmp_path),
+        mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        length=64,
+        folder=tmp_path,
+        ends=frozenset({257}),
+    )
+    monkeypatch.setattr(command, "Generator", Fake)
+    monkeypatch.setattr(command, "open_model", lambda *_, **__: opened)
+    monkeypatch.setattr(command, "PART", 2)
+
+    def main(**flags):
+        given = [f"--{key}={value}" for key, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", ["generate", f"--checkpoint={tmp_path}", *given])
+        return command.main()
+
+    return main
+
+
+def test_an_empty_prompt_has_several_samples(run, capsys):
+    run(samples=2)
+    assert capsys.readouterr().out == "!\n!\n"
+
+
+def test_answers_are_in_a_file_before_all_are_there(run, tmp_path):
+    asked, answers = tmp_path / "asked.txt", tmp_path / "answers.jsonl"
+    asked.write_text("one\n\nfailing\n")
+    with pytest.raises(KeyboardInterrupt):
+        run(prompts=asked, output=answers)
+    assert not answers.exists()
+    kept = (tmp_path / "answers.jsonl.part").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in kept] == ["one", ""]
+    asked.write_text("one\ntwo\nthree\n")
+    run(prompts=asked, output=answers)
+    assert [json.loads(line)["prompt"] for line in answers.read_text().splitlines()] == [
+        "one",
+        "two",
+        "three",
+    ]
+    assert not (tmp_path / "answers.jsonl.part").exists()
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(run, tmp_path):
+    asked, answers = tmp_path / "asked.txt", tmp_path / "answers.jsonl"
+    asked.write_text("one\ntwo\n" + "x" * 64)
+    with pytest.raises(ValueError, match="prompt 3 has 65 tokens"):
+        run(prompts=asked, output=answers, samples=2)
+    assert not list(tmp_path.glob("answers*"))
 
 
 @pytest.mark.parametrize(("place", "words"), [("", "is a folder"), ("no/file", "there is no")])

@@ -73,7 +73,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_texts_begin_with_bos(folder):
     tokenizer = tokenizers.load(folder)
-    assert encoded([Prompt("ab"), Prompt("")], tokenizer, folder) == [[256, 97, 98], [256]]
+    prompts = [Prompt("ab"), Prompt("")]
+    assert encoded(prompts, tokenizer, folder, behind_bos=True) == [[256, 97, 98], [256]]
 
 
 @pytest.mark.slow
@@ -83,9 +84,28 @@ def test_a_conversation_goes_through_the_template(folder):
         ChatTemplate(folder)
     with_template(folder)
     said = Prompt(messages=[{"role": "user", "content": "hi"}])
-    first, second = encoded([said, Prompt("x")], tokenizer, folder)
+    first, second = encoded([said, Prompt("x")], tokenizer, folder, behind_bos=True)
     assert first == [256, *b"[user]hi[assistant]"]
     assert second == [256, *b"x"]
     nobody = Prompt(messages=[{"role": "nobody", "content": "hi"}])
     with pytest.raises(ValueError, match="refuses these messages: who is nobody"):
-        encoded([nobody], tokenizer, folder)
+        encoded([nobody], tokenizer, folder, behind_bos=True)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_without_bos_puts_nothing_before_a_text(folder):
+    tokenizer = tokenizers.load(folder)
+    prompts = [Prompt("ab"), Prompt("")]
+    assert encoded(prompts, tokenizer, folder, behind_bos=False) == [[97, 98], [256]]
+    path = folder / "tokenizer.json"
+    before = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|bos|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+    }
+    before |= {"pair": [*before["single"], {"Sequence": {"id": "B", "type_id": 1}}]}
+    before["special_tokens"] = {"<|bos|>": {"id": "<|bos|>", "ids": [256], "tokens": ["<|bos|>"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": before}))
+    assert encoded(prompts, tokenizer, folder, behind_bos=False) == [[256, 97, 98], [256]]
