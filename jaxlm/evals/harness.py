@@ -151,7 +151,10 @@ class Jaxlm(TemplateLM):
         for request, ids in zip(
             requests, self._texts.encode([r.args[0] for r in requests]), strict=True
         ):
-            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], NEW_TOKENS))
+            try:
+                kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], NEW_TOKENS))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"a task's generation_kwargs mean nothing: {error}") from None
             until = handle_stop_sequences(kwargs.pop("until", None), eos=end)
             prompts.append(self._prompt(ids, until, kwargs))
             stops.append(until)

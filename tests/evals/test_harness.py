@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api.instance import Instance
+
 from jaxlm.evals import tasks
 from tests.evals import local_tasks
 from tools.evaluation_parity import RUNS, opened
@@ -43,3 +45,11 @@ def test_answers_and_metrics_are_those_of_lm_evals_hf_backend(run, folder, loade
         assert local_tasks.largest_gap(theirs["answers"], ours[task]["answers"]) < 1e-3, task
         assert local_tasks.same_metrics(theirs["metrics"], ours[task]["metrics"]), task
     assert model.shortened, "the tasks hold contexts that are too long"
+
+
+@pytest.mark.slow
+def test_how_to_generate_is_refused_in_our_words(folder):
+    model = opened(folder / "plain")
+    ask = Instance("generate_until", {}, ("a", {"temperature": "abc"}), 0)
+    with pytest.raises(ValueError, match=r"generation_kwargs mean nothing: .*'abc'"):
+        model.generate_until([ask])
