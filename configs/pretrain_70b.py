@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --config=configs/pretrain_70b.py --config.data.mix.code.source=/data/code
 python -m jaxlm.plan --config=configs/pretrain_70b.py --topology=v6e:16x16
-Expect: on 256 v6e 27 of 32 GiB (compiled); at best 12 s a step, 66 % MFU, 34 days (reckoned).
+Expect: on 256 v6e 27 of 32 GiB, 14 to 20 s a step, 39 to 56 % MFU, 40 to 58 days (the plan's).
 Shape, rate, warm-up and batch: Llama 3 70B and the first stage of its training (arXiv 2407.21783,
 table 3 and section 3.4.1). Betas, clip and decay: Llama 2 (arXiv 2307.09288).
 """

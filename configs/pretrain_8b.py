@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --config=configs/pretrain_8b.py --config.data.mix.code.source=/data/code
 python -m jaxlm.plan --config=configs/pretrain_8b.py --topology=v5e:16x16
-Expect: on 256 v5e 6.1 to 7.4 s a step, 54 to 66 % MFU, 18 to 21 days (the plan's, docs/pod.md).
+Expect: on 256 v5e 5.7 to 7.1 s a step, 57 to 70 % MFU, 17 to 20 days (the plan's, docs/pod.md).
 Shape, rate, warm-up and batch: Llama 3 8B and the first stage of its training (arXiv 2407.21783,
 table 3 and section 3.4.1). Betas, clip and decay: Llama 2 (arXiv 2307.09288).
 """
