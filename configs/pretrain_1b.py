@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --config=configs/pretrain_1b.py --config.data.mix.code.source=/data/code
 python -m jaxlm.plan --config=configs/pretrain_1b.py --topology=v5e:4x4
-Expect: on 16 v5e at best 4.5 s a step, 61 % MFU, and 5.2 days (the plan's roofline, docs/pod.md).
+Expect: on 16 v5e 4.1 to 4.7 s a step, 58 to 68 % MFU, 4.7 to 5.4 days (the plan's, docs/pod.md).
 Shape: Llama 3.2 1B. Optimizer: betas, clip and decay of Llama 2 (arXiv 2307.09288), rate and cosine
 to a tenth of Llama 3's 8B (arXiv 2407.21783, table 3), since none is published for 1B.
 """

@@ -69,6 +69,10 @@ def open_model(
         load = lambda abstract: load_params(folder, abstract, step=step, say=say)
         where = folder / "tokenizer"
         return _model(found.options, found.length, load, where, found.generation, spec, devices)
+    if step is not None:
+        raise ValueError(
+            f"--step={step}: {folder} is a Hugging Face folder, which holds one model and no steps"
+        )
     source = hf.open_folder(folder)
     for note in source.notes:
         say(f"Note: {note}.")
@@ -81,6 +85,7 @@ def _model(model, length, load, folder, generation, spec, devices):
     """Of options and a function from the params' shapes and layout to the params."""
     tokenizer = tokenizers.load(folder)
     hf.require_rows(tokenizer, model.vocabulary, folder)
+    length = min(length, model.learned_positions or length)  # beyond, there is no row to look up
     with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
         lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
         shapes = jax.eval_shape(lm.init, jax.random.key(0))

@@ -191,6 +191,18 @@ def test_both_folders_open_as_the_same_model(source, ours):
     assert one.ends == two.ends == {2, one.tokenizer.eos}, "generation_config.json comes along"
 
 
+def test_the_context_ends_with_the_table_of_positions(tmp_path):
+    config = CASES["gpt2"] | {"vocab_size": 258, "max_position_embeddings": 4096}
+    save(tmp_path / "gpt2", config, shapes_of(config))
+    tokenizers.save_byte(tmp_path / "gpt2")
+    assert open_model(tmp_path / "gpt2", **quiet).length == config["n_positions"]
+
+
+def test_a_hugging_face_folder_has_no_steps(source):
+    with pytest.raises(ValueError, match="--step=3"):
+        open_model(source, step=3, **quiet)
+
+
 def test_a_damaged_part_is_noticed(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "copy")
     data = next((tmp_path / "copy" / "checkpoints" / "0" / "part-0").rglob("d/*"))
