@@ -98,6 +98,8 @@ def _model(model, length, load, folder, generation, spec, devices):
 
 def _run(workdir, step, spec, devices, say):
     """Of the work folder of a run."""
+    if not workdir.is_dir():
+        raise ValueError(f"there is no folder {workdir}, which is to hold the model")
     try:
         saved = json.loads((workdir / "run.json").read_text())
     except (OSError, ValueError):

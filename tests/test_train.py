@@ -129,7 +129,7 @@ def test_generate_continues_a_prompt(home, whole):
     assert one.startswith("no")
     assert len(one) > 3
     assert again == one
-    assert "no work folder" in run(home, "", "--workdir=/nowhere", module="generate", code=1)
+    assert "there is no folder" in run(home, "", "--workdir=/nowhere", module="generate", code=1)
 
 
 def test_generate_reads_and_writes_files(home, whole):
@@ -146,7 +146,9 @@ def test_generate_reads_and_writes_files(home, whole):
         assert row["finish"] in ("stop", "length")
         assert "\n\n" not in row["text"]
     long = ("--prompt=" + "many words " * 500, "--tokens=2", f"--checkpoint={home / 'whole'}")
-    assert "keep its end only" in run(home, "", *long, module="generate", code=1)
+    refused = run(home, "", *long, module="generate", code=1)
+    assert "keep its end only (--keep_end)" in refused
+    assert "many words" not in refused
     out = run(home, "", *long, "--keep_end", module="generate")
     assert generated(out).startswith("many words")
 

@@ -151,7 +151,7 @@ class Generator:
             if len(request.ids) > self.context:
                 raise ValueError(
                     f"prompt {number} has {len(request.ids):,} tokens, more than the model's "
-                    f"context of {self.context:,}: shorten it, or keep its end only"
+                    f"context of {self.context:,}: shorten it, or keep its end only (--keep_end)"
                 )
             if request.tokens < 1:
                 raise ValueError(f"prompt {number} asks for {request.tokens} tokens, not 1 or more")

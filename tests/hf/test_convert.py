@@ -203,6 +203,13 @@ def test_a_hugging_face_folder_has_no_steps(source):
         open_model(source, step=3, **quiet)
 
 
+def test_only_a_folder_with_a_model_opens(source, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*absent"):
+        open_model(tmp_path / "absent", **quiet)
+    with pytest.raises(ValueError, match="holds no model"):
+        open_model(tmp_path, **quiet)
+
+
 def test_a_damaged_part_is_noticed(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "copy")
     data = next((tmp_path / "copy" / "checkpoints" / "0" / "part-0").rglob("d/*"))
