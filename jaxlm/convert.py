@@ -89,6 +89,8 @@ def to_hf(
         )
         if (source / "tokenizer").is_dir():
             tokenizers.copy(source / "tokenizer", half)
+            if (source / "run.json").is_file() and (half / "tokenizer.json").is_file():
+                tokenizers.begin_with_bos(half)
         config = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "auto_map")}
         config["dtype"] = dtype or str(next(iter(shapes.values())).dtype)
         _write_json(half / "config.json", config)

@@ -143,6 +143,25 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
         half.replace(target / path.name)
 
 
+def begin_with_bos(folder: pathlib.Path) -> None:
+    """Lets a tokenizer that was made here put bos before a text by itself, as training did.
+
+    For those who get the folder; here bos is put where it belongs. Another's stays as it is.
+    """
+    import tokenizers
+    from tokenizers import processors
+
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = backend.token_to_id(BOS)
+    if bos is None or backend.post_processor is not None:
+        return
+    template = {"single": f"{BOS} $A", "pair": f"{BOS} $A $B", "special_tokens": [(BOS, bos)]}
+    backend.post_processor = processors.TemplateProcessing(**template)
+    backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}, indent=1))
+
+
 def load(folder: pathlib.Path, name: str = "") -> Tokenizer:
     """The tokenizer of a folder, ours or Hugging Face's; `ValueError` says what is missing."""
     folder = pathlib.Path(folder).expanduser()

@@ -192,7 +192,11 @@ def _flags():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="the work folder of a run, or a Hugging Face folder")
+    add(
+        "--checkpoint",
+        required=True,
+        help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
+    )
     add("--step", type=int, default=None, help="of the checkpoint; the newest")
     add("--batch_tokens", type=int, default=0, help="of a batch on one device; 0: some that fit")
     add(

@@ -152,7 +152,12 @@ def _flags():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", "--workdir", required=True, help="the work folder of a run")
+    add(
+        "--checkpoint",
+        "--workdir",
+        required=True,
+        help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
+    )
     add("--step", type=int, default=None, help="of the checkpoint; the newest")
     add("--prompt", help="text to go on from; empty: a new document")
     add("--prompts", default="", help="a file of them: lines, or .jsonl with prompt or messages")

@@ -56,6 +56,23 @@ def test_byte_ids_are_the_bytes(folders):
     assert (byte.bos, byte.eos, byte.vocabulary_size) == (256, 257, 258)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bpe", "byte"])
+def test_who_gets_the_tokenizer_has_bos_before_a_text(folders, tmp_path, name):
+    import transformers
+
+    tokenizer.copy(folders / name, tmp_path)
+    for _ in range(2):
+        tokenizer.begin_with_bos(tmp_path)
+        ours, theirs = (
+            tokenizer.load(tmp_path),
+            transformers.AutoTokenizer.from_pretrained(tmp_path),
+        )
+        assert theirs("a b")["input_ids"] == [ours.bos, *ours.encode("a b")]
+        assert theirs.decode(theirs("a b")["input_ids"], skip_special_tokens=True) == "a b"
+    assert ours.encode("a b") == tokenizer.load(folders / name).encode("a b")
+
+
 def test_training_is_deterministic_and_makes_the_size_asked_for(folders, tmp_path):
     tokenizer.train_bpe(texts(200), 400, tmp_path)
     again, first = tokenizer.load(tmp_path), tokenizer.load(folders / "bpe")
