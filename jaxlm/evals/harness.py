@@ -11,7 +11,7 @@ Each process of several calls everything alike; the arrays behind `score` and `g
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -72,15 +72,15 @@ class Jaxlm(TemplateLM):
         del kwargs
         return self._texts.encode([string], add_special_tokens)[0]
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         del disable_tqdm
-        pairs = [request.args for request in requests]
+        pairs: list[tuple[str, str]] = [request.args for request in requests]
         encoded = self._pairs(pairs)
         return self._loglikelihood_tokens(
             [(pair, *ids) for pair, ids in zip(pairs, encoded, strict=True)]
         )
 
-    def _pairs(self, pairs):
+    def _pairs(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
         """(ids of the context, ids of the continuation) of each pair of texts."""
         moved = []
         for context, continuation in pairs:

@@ -65,11 +65,12 @@ def evaluate(lm, loaded, *, writer: bool = True, **kwargs) -> dict[str, Any]:
     import lm_eval
 
     manager, tasks = loaded
+    simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its parameters
     kwargs = {"bootstrap_iters": BOOTSTRAP if writer else 0} | kwargs
     # What it prints (a line for each bootstrap) is for nobody.
     with _own_randomness(), _one_process(), contextlib.redirect_stdout(io.StringIO()):
         try:
-            return lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **kwargs)
+            return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **kwargs)
         except ValueError as error:
             if "marked as unsafe" in str(error):
                 raise ValueError(
@@ -182,20 +183,19 @@ def _tops(made, grouped):
 
 
 def _is_missing_data(error) -> bool:
-    import datasets
+    from datasets.exceptions import DatasetsError
 
-    kinds: tuple[type[BaseException], ...] = (OSError, datasets.exceptions.DatasetsError)
-    return isinstance(error, kinds)
+    return isinstance(error, OSError | DatasetsError)
 
 
 def _offline():
     """No library may ask the network, whether it was imported before or will be."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    import datasets
     import huggingface_hub
+    from datasets import config
 
-    datasets.config.HF_HUB_OFFLINE = True
-    datasets.config.HF_DATASETS_OFFLINE = True
+    config.HF_HUB_OFFLINE = True
+    config.HF_DATASETS_OFFLINE = True
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small import GREEDY, generator, letters, model, plain, prompt, requests
+from tiny_generator import GREEDY, generator, letters, model, plain, prompt, requests
 
 from jaxlm import sharding
 from jaxlm.generate.engine import LEAST, Generator, Request, bucket
