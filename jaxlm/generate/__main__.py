@@ -62,7 +62,8 @@ def main() -> int:
         for i in range(flags.samples)
     ]
     said = [prompt.messages or prompt.text for prompt in prompts for _ in range(flags.samples)]
-    show = here and len(asked) == 1 and not flags.output and not flags.logprobs
+    streamed = len(asked) == 1 and not flags.output and not flags.logprobs
+    show = streamed and here
     if show:
         print(prompts[0].text, end="", flush=True)
 
@@ -76,7 +77,7 @@ def main() -> int:
                     sampling,
                     logprobs=flags.logprobs,
                     on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
-                    steps=SHOWN if show else STEPS,
+                    steps=SHOWN if streamed else STEPS,  # alike in all processes
                 )
             rows = zip(said[part], asked[part], results, strict=True)
             yield [_record(*row, flags.logprobs) for row in rows]
