@@ -79,10 +79,15 @@ def take(mesh, state, step, steps=2):
     [
         (TENSOR, {}),
         (SEQUENCE, {}),
-        (TENSOR, {"optimizer": "muon"}),
-        (TENSOR, {"selector": learnability(filter_ratio=0.5, reference="other")}),
+        (
+            TENSOR,
+            {
+                "optimizer": "muon",
+                "selector": learnability(filter_ratio=0.5, reference="other"),
+            },
+        ),
     ],
-    ids=["tensor", "sequence", "muon", "learnability"],
+    ids=["tensor", "sequence", "muon, learnability"],
 )
 def test_explicit_axes_give_the_same_step(spec, options):
     expected, metrics = take(*make(spec, **options))
