@@ -24,7 +24,7 @@ endif
 help:
 	@echo "make quickstart   install; train on built-in text and write a report     5 min on 2 cores"
 	@echo "make test         install with the test tools; the whole suite            15 min"
-	@echo "make check        format, lint, types, architecture, fast tests           2 min (4 at first)"
+	@echo "make check        format, lint, types, architecture, fast tests           2 to 3 min"
 	@echo "make bench        install torch too; speed of training, data, checkpoints 15 min"
 	@echo "make parity       install torch too; every family of models against transformers  10 min"
 	@echo "make clean        remove .venv and runs"
