@@ -81,8 +81,8 @@ class Observer:
     def compile(self, state) -> None:
         """Compiles what evaluation and sampling need, so that nothing does later."""
         self.held.compile(state.params)
-        if self.sample_at:
-            self._continued(state.params)
+        if self.sample_at and (asked := list(self._asked().values())):
+            self.generator.compile(state.params, asked, SAMPLING)
 
     def due(self, step: int) -> bool:
         """Whether there is something to look at after this step; the last one is for `results`."""
@@ -161,28 +161,28 @@ class Observer:
         written = []
         with self.clock("sample"):
             self.console.note("writing continuations")
-            for name, (prompt, text) in self._continued(state.params).items():
+            asked = self._asked()
+            found = self.generator(state.params, list(asked.values()), SAMPLING)
+            for (name, request), result in zip(asked.items(), found, strict=True):
                 record = {
                     "step": step,
                     "fraction": self.sample_at.get(step, step / self.built.run.steps),
                     "source": name,
-                    "prompt": self.prepared.tokenizer.decode(prompt[1:]),
-                    "text": text,
+                    "prompt": self.prepared.tokenizer.decode(request.ids[1:]),
+                    "text": result.text,
                 }
                 self.writer.sample(record)
                 written.append(record)
         return written
 
-    def _continued(self, params) -> dict[str, tuple[list[int], str]]:
-        """A prompt of each source, and its continuation."""
-        run, prompts = self.built.run, {}
+    def _asked(self) -> dict[str, Request]:
+        """The prompt of each source."""
+        run, asked = self.built.run, {}
         for name, source in self.held.sources.items():
             long = [ids for ids in source.ids if len(ids) > 4 * PROMPT_TOKENS] or source.ids
-            prompts[name] = list(long[0][: min(PROMPT_TOKENS + 1, run.data.length)])
-        asked = [Request(ids, run.eval.sample_tokens, run.seed) for ids in prompts.values()]
-        found = self.generator(params, asked, SAMPLING)
-        texts = (result.text for result in found)
-        return dict(zip(prompts, zip(prompts.values(), texts, strict=True), strict=True))
+            prompt = list(long[0][: min(PROMPT_TOKENS + 1, run.data.length)])
+            asked[name] = Request(prompt, run.eval.sample_tokens, run.seed)
+        return asked
 
     def results(self, state, began: float) -> dict[str, Any]:
         """The last evaluation and samples, next to the compressors."""

@@ -91,20 +91,41 @@ class Generator:
             waiting = [row for row in batch if not row.finish] + waiting
         return [row.result() for row in texts]
 
-    def _continue(self, params, batch, sampling, scored, on_text, steps):
-        """Reads a batch of rows and writes until all are finished or one meets its context."""
+    def compile(self, params: Params, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Compiles what the first requests, `rows` of them, need; runs nothing yet."""
+        self.refuse(requests)
+        batch = [_Row(number, r, self.decode) for number, r in enumerate(requests[: self.rows])]
+        rows, slots, _ = self._prompts(batch)
+        fixed, how = self._fixed(sampling), {"kind": sampling.kind, "scored": False}
+        read = self.programs.read.lower(params, rows, *fixed, length=slots, **how).compile()
+        spread = not jax.sharding.get_mesh().empty
+        shape = lambda x, where: x.update(sharding=where) if spread else x
+        state, _ = jax.tree.map(
+            shape,
+            jax.eval_shape(self.programs.read, params, rows, *fixed, length=slots, **how),
+            read.output_shardings,
+        )
+        done_B = np.zeros(state.done_B.shape, bool)
+        self.programs.write.lower(params, state, *fixed, done_B, np.int32(1), **how).compile()
+
+    def _fixed(self, sampling):
+        return sampling.numbers, np.array(sorted(self.ends) or [-1], np.int32)
+
+    def _prompts(self, batch):
+        """The batch on the mesh, the slots of its cache, and the tokens it has room for."""
         prompts = [row.context(self.context) for row in batch]
         longest = max(map(len, prompts))
         left = max(row.left for row in batch)
         room = self.context - longest + 1  # the last token that is written is not read
         length = min(bucket(longest), self.context)
         slots = bucket(length + min(left, room) - 1)
-        how = {"kind": sampling.kind, "scored": scored}
-        ends_E = np.array(sorted(self.ends) or [-1], np.int32)
-        fixed = sampling.numbers, ends_E
-        state, written = self.programs.read(
-            params, self._rows(batch, prompts, length), *fixed, length=slots, **how
-        )
+        return self._rows(batch, prompts, length), slots, room
+
+    def _continue(self, params, batch, sampling, scored, on_text, steps):
+        """Reads a batch of rows and writes until all are finished or one meets its context."""
+        fixed, how = self._fixed(sampling), {"kind": sampling.kind, "scored": scored}
+        rows, slots, room = self._prompts(batch)
+        state, written = self.programs.read(params, rows, *fixed, length=slots, **how)
         rows = len(state.done_B)
         count = 1
         while True:

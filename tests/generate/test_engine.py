@@ -108,6 +108,30 @@ def test_it_ends_before_a_stop_string_that_several_tokens_make():
 
 
 @pytest.mark.slow
+def test_compiling_ahead_runs_nothing_and_leaves_nothing_to_compile(tmp_path):
+    """Several processes compile before they meet: only then may a program run."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    try:
+        own = Generator(model(layers=1)[0], 64, letters, ())
+        params, asked = model(layers=1)[1], requests(20, 24)
+        own.compile(params, asked, GREEDY)
+        assert own.programs.read._cache_size() == own.programs.write._cache_size() == 0
+        programs = lambda: {
+            p.name for p in tmp_path.glob("jit__*cache") if "read" in p.name or "write" in p.name
+        }
+        made = programs()
+        assert len(made) == 2
+        own(params, asked, GREEDY)
+        assert programs() == made
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
 def test_one_compilation_for_each_shape():
     lm, params = model()
     traced = []
