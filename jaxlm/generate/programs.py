@@ -10,7 +10,6 @@ what only it can know (stop strings), and to show them.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,10 +55,12 @@ class Written(NamedTuple):
 class Programs(NamedTuple):
     """Compiled once for each shape, `kind` and `scored`: whether scores are asked for."""
 
-    read: Callable[..., tuple[State, Written]]
-    """(params, rows, numbers, ends_E, length=, kind=, scored=): prompts into a new cache."""
-    write: Callable[..., tuple[State, Written]]
-    """(params, state, numbers, ends_E, done_B, steps, kind=, scored=): more tokens."""
+    read: jax.stages.Wrapped
+    """(params, rows, numbers, ends_E, length=, kind=, scored=): the state and what it wrote, of
+    prompts read into a new cache."""
+    write: jax.stages.Wrapped
+    """(params, state, numbers, ends_E, done_B, steps, kind=, scored=): the same, of
+    more tokens of each row."""
 
 
 def programs(lm: LM) -> Programs:
