@@ -72,13 +72,8 @@ class HeldOut:
         nats = lambda batch: self._nats(params, self._put(batch))
         found, before = {}, 0
         for name, source in self.sources.items():
-            start = before
-            found[name] = token_bits(
-                source.rows,
-                nats,
-                self._batch,
-                lambda done, _: tick(start + done, self.rows),  # noqa: B023
-            )
+            further = lambda done, _, before=before: tick(before + done, self.rows)
+            found[name] = token_bits(source.rows, nats, self._batch, further)
             before += len(source.rows)
         return found
 

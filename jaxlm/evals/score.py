@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
+from jaxlm.methods.likelihood import logprobs
 
 SHORTEST = 256  # positions of the shortest row: several short sequences share one
 MULTIPLE = 128  # that the longest row's length is rounded up to: kernels want it
@@ -153,9 +154,7 @@ def packed(sizes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Row
     rooms: list[tuple[int, int]] = []  # (free positions, row), sorted
     for piece in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1])):
         size, slots = sizes[piece]
-        at = bisect.bisect_left(rooms, (size, -1))
-        fits = lambda room: rows[room[1]].slots + slots <= rows[room[1]].length  # noqa: B023
-        place = next((i for i in range(at, min(at + 16, len(rooms))) if fits(rooms[i])), None)
+        place = _place(rooms, rows, size, slots)
         if place is None:
             length = next(length for length in lengths if length >= max(size, slots))
             row = len(rows)
@@ -168,6 +167,15 @@ def packed(sizes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Row
         if free := rows[row].length - rows[row].used:
             bisect.insort(rooms, (free, row))
     return rows
+
+
+def _place(rooms, rows, size, slots):
+    """Where in `rooms` a row has so many positions and scored ones left; None = nowhere near."""
+    at = bisect.bisect_left(rooms, (size, -1))
+    for i, (_, row) in enumerate(rooms[at : at + 16], at):
+        if rows[row].slots + slots <= rows[row].length:
+            return i
+    return None
 
 
 def _filled(rows, shape, pieces, requests):
@@ -211,11 +219,7 @@ def _score(lm, params, batch):
     def one(x):
         hidden_BCD, target_BC = x
         logits_BCV = unembed(hidden_BCD).astype(jnp.float32)
-        # A comparison and not a gather: a vocabulary split over devices stays split.
-        vocabulary = jax.lax.broadcasted_iota(target_BC.dtype, logits_BCV.shape, 2)
-        picked_BC = jnp.sum(jnp.where(vocabulary == target_BC[..., None], logits_BCV, 0.0), -1)
-        logprobs_BC = picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
-        return logprobs_BC, jnp.argmax(logits_BCV, axis=-1) == target_BC
+        return logprobs(logits_BCV, target_BC), jnp.argmax(logits_BCV, axis=-1) == target_BC
 
     xs = hidden_BCD, batch["target"]
     chunks = _chunks(jax.eval_shape(unembed, hidden_BCD).shape)

@@ -32,14 +32,14 @@ def token_logprobs(
     chunks = _number_of_chunks(lm.chunk, hidden_BLD.shape)
     if chunks == 1:
         with jax.named_scope("loss"):
-            logprobs_BL = _logprobs(lm.unembed(params, hidden_BLD), batch["targets"])
+            logprobs_BL = logprobs(lm.unembed(params, hidden_BLD), batch["targets"])
         return logprobs_BL, taps, penalties
     hidden_NBCD, targets_NBC = (_split(x, chunks) for x in (hidden_BLD, batch["targets"]))
     parts = _parts(targets_NBC.shape)
     unembed, head = _unembed(lm, params, hidden_NBCD, parts)
 
     def score(head, hidden_BCD, targets_BC):
-        return _logprobs(unembed(hidden_BCD, *head), targets_BC)
+        return logprobs(unembed(hidden_BCD, *head), targets_BC)
 
     # A scan keeps the two passes apart anyway.
     score = jax.checkpoint(_each(parts, score), prevent_cse=False)
@@ -65,6 +65,16 @@ def summed_nll(
     with jax.named_scope("loss"):
         nll: jax.Array = _summed_nll((unembed, parts), _for_each(parts, head), *xs)
         return jnp.sum(nll), taps, penalties
+
+
+def logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """The logits' log-softmax at the targets, float32, whatever the logits' type."""
+    logits_BCV = logits_BCV.astype(jnp.float32)
+    # A comparison and not a gather: it fuses, and a vocabulary split over devices stays split.
+    vocabulary = jax.lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, 2)
+    hit_BCV = vocabulary == targets_BC[..., None]
+    picked_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
+    return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,7 +126,7 @@ def _nll(static):
     unembed, parts = static
 
     def nll(head, hidden_BCD, weights_BC, targets_BC):
-        logprobs_BC = _logprobs(unembed(hidden_BCD, *head), targets_BC)
+        logprobs_BC = logprobs(unembed(hidden_BCD, *head), targets_BC)
         return -jnp.sum(weights_BC * logprobs_BC)
 
     return _each(parts, nll), parts
@@ -186,16 +196,6 @@ def _uncut(parts, x_NBC):
         return x_NBC
     chunks, by_rows, by_positions, rows, positions = x_NBC.shape
     return x_NBC.swapaxes(2, 3).reshape(chunks, by_rows * rows, by_positions * positions)
-
-
-def _logprobs(logits_BCV, targets_BC):
-    """The logits' log-softmax at the targets, float32, whatever the logits' type."""
-    logits_BCV = logits_BCV.astype(jnp.float32)
-    # A comparison and not a gather: it fuses, and a vocabulary split over devices stays split.
-    vocabulary = jax.lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, 2)
-    hit_BCV = vocabulary == targets_BC[..., None]
-    picked_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
-    return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
 
 def _number_of_chunks(tokens: int, shape: tuple[int, ...]) -> int:

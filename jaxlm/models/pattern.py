@@ -8,6 +8,7 @@ repetitions has a scan of its own. The stack of params stays one, whatever the p
 are copied only where there are several scans (Gemma 3: 26 layers are 4 groups of 6, and 2).
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ def _scan(blocks, x, parts):
     def body(x, parts):
         beside = []
         for i, block in enumerate(blocks):
-            x, out = block(x, *jax.tree.map(lambda leaf: leaf[i], parts))  # noqa: B023
+            x, out = block(x, *jax.tree.map(operator.itemgetter(i), parts))
             beside.append(out)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *beside)
 
