@@ -6,17 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from runs import ROOT, environment, lines, run
 
 pytest.importorskip("lm_eval")
 
 from tests.evals import local_tasks
-from tests.test_train import ROOT, environment, home, lines, run  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(home):  # noqa: F811
+def trained(home):
     """A work folder whose run looked at two tasks on its way."""
     local_tasks.write_tasks(home / "tasks")
     files = [str(home / "tasks" / f"{name}.yaml") for name in ("local_choice", "local_text")]
@@ -32,7 +32,7 @@ def trained(home):  # noqa: F811
     return home / "run"
 
 
-def test_tasks_run_inside_training(home, trained):  # noqa: F811
+def test_tasks_run_inside_training(home, trained):
     rows = lines(home, "run", "evals.jsonl")
     assert [row["step"] for row in rows] == [10, 20]
     assert all(0 <= row["task/local_choice/acc"] <= 1 for row in rows)
@@ -44,14 +44,14 @@ def test_tasks_run_inside_training(home, trained):  # noqa: F811
     assert "step 10: tasks: local_choice/acc" in (trained / "train.log").read_text()
 
 
-def test_a_run_is_refused_for_its_tasks_before_its_data_is_prepared(home):  # noqa: F811
+def test_a_run_is_refused_for_its_tasks_before_its_data_is_prepared(home):
     out = run(home, "refused", "--config.eval.tasks=none.yaml,", code=1)
     assert "there is no file none.yaml of a task" in out
     assert "[2/6]" not in out
     assert not (home / "refused" / "checkpoints").exists()
 
 
-def test_two_processes_evaluate_together(home, trained):  # noqa: F811
+def test_two_processes_evaluate_together(home, trained):
     command = [sys.executable, "launch/local/run.py", "--processes=2", "--devices=2"]
     command += [
         sys.executable,
