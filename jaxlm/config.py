@@ -252,6 +252,11 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     overrides = tuple(overrides)
     if c.init.hf:
         c = _with_model_of_hf(c, overrides)
+    if 0 < c.model.learned_positions < c.data.length:
+        raise ValueError(
+            f"config.data.length={c.data.length} is more than the table of positions holds: set it "
+            f"to config.model.learned_positions={c.model.learned_positions} at most"
+        )
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
     _check_best(c)

@@ -52,6 +52,7 @@ def test_methods_compose_in_the_order_written(recipe):
     [
         ("steps", 0, "config.steps=0"),
         ("method", "ema", "has no objective"),
+        ("model.learned_positions", 100, "config.data.length=128 .*learned_positions=100 at most"),
         ("method", "next_token + dpo", "objective"),
         ("expect.bits_per_char", "code:1", "code=1.30"),
         ("profile", "10 to 14", "such as '10-14', counted from 1"),

@@ -47,6 +47,10 @@ REMAT = {
 QUANTIZE = ("off", "int8", "fp8")
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What is read only where another option is on; and of rotary positions.
+IDLE_WITHOUT = {"experts": ("experts_per_token", "router_balance"), "qk_norm": ("qk_norm_over",)}
+ROTARY = ("rope_scaling", "rope_theta", "local_rope_theta", "rotary_fraction")
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -135,6 +139,7 @@ def resolve(
     rope.parse(config.rope_scaling)
     pattern.is_local(config.layer_pattern, 0)
     _refuse_signs(config)
+    _refuse_idle(config)
     _refuse_heads(config)
     _refuse_experts(config)
     gated = ACTIVATIONS[config.activation][1]
@@ -201,22 +206,42 @@ def _refuse_signs(config):
         "local_rope_theta",
         "router_balance",
     ):
-        if getattr(config, key) < 0:
+        if not 0 <= getattr(config, key) < math.inf:
             raise ValueError(
-                f"config.model.{key} is {getattr(config, key)} and cannot be negative; 0 = "
+                f"config.model.{key} is {getattr(config, key)} and has to be a number that is not "
+                "negative; 0 = "
                 + {"attention_scale": "1/sqrt(head_width).", "local_rope_theta": "rope_theta."}.get(
                     key, "off."
                 )
             )
     for key in ("rope_theta", "rotary_fraction", "embedding_scale", "norm_eps", "init_scale"):
-        if not getattr(config, key) > 0:
+        if not 0 < getattr(config, key) < math.inf:
             raise ValueError(
-                f"config.model.{key} is {getattr(config, key)} and has to be greater than 0."
+                f"config.model.{key} is {getattr(config, key)} and has to be a number greater than "
+                "0."
             )
     if config.rotary_fraction > 1:
         raise ValueError(
             f"config.model.rotary_fraction is {config.rotary_fraction}, and cannot be above 1: it "
             "is a share of the units of a head."
+        )
+
+
+def _refuse_idle(config):
+    """Options that change nothing, since the one that reads them is off."""
+    usual = DecoderConfig()
+    changed = lambda key: getattr(config, key) != getattr(usual, key)
+    for switch, keys in IDLE_WITHOUT.items():
+        for key in filter(changed, keys if not getattr(config, switch) else ()):
+            raise ValueError(
+                f"config.model.{key} is {getattr(config, key)!r}, which nothing reads without "
+                f"config.model.{switch}: set that too, or leave {key} at {getattr(usual, key)!r}."
+            )
+    for key in filter(changed, ROTARY if config.learned_positions else ()):
+        raise ValueError(
+            f"config.model.{key} is {getattr(config, key)!r}, but there are no rotary positions "
+            f"with config.model.learned_positions = {config.learned_positions}: leave {key} at "
+            f"{getattr(usual, key)!r}."
         )
 
 
@@ -261,11 +286,6 @@ def _refuse_rotary(config):
             "units, so it has to be even; set config.model.head_width or rotary_fraction."
         )
     scaling, _ = rope.parse(config.rope_scaling)
-    if scaling and config.learned_positions:
-        raise ValueError(
-            f"config.model.rope_scaling is {config.rope_scaling!r}, but there are no rotary "
-            f"positions with config.model.learned_positions = {config.learned_positions}."
-        )
     unscaled = config.local_rope_theta and not config.layer_pattern
     if scaling and unscaled:
         raise ValueError(

@@ -28,6 +28,19 @@ REFUSED = [
     ({"layers": 0}, ["config.model.layers is 0", "at least 1"]),
     ({"rope_theta": 0.0}, ["config.model.rope_theta", "greater than 0"]),
     ({"init_scale": float("nan")}, ["config.model.init_scale"]),
+    ({"attention_soft_cap": float("nan")}, ["config.model.attention_soft_cap is nan"]),
+    ({"logit_soft_cap": float("inf")}, ["config.model.logit_soft_cap is inf"]),
+    ({"norm_eps": float("inf")}, ["config.model.norm_eps is inf"]),
+    ({"experts_per_token": 4}, ["config.model.experts_per_token is 4", "config.model.experts:"]),
+    ({"router_balance": 0.1}, ["config.model.router_balance is 0.1", "config.model.experts:"]),
+    ({"qk_norm_over": "width"}, ["config.model.qk_norm_over", "config.model.qk_norm:"]),
+    *(
+        ({"learned_positions": 9, key: value}, [f"config.model.{key}", "learned_positions = 9"])
+        for key, value in (
+            *(("rotary_fraction", 0.5), ("local_rope_theta", 10.0), ("rope_theta", 1e6)),
+            ("rope_scaling", "linear factor=2"),
+        )
+    ),
     ({"experts": 4, "experts_per_token": 5}, ["experts_per_token is 5", "experts = 4"]),
     ({"experts": 4, "mlp_bias": True}, ["config.model.experts", "mlp_bias"]),
     ({"experts": 4, "quantize": "int8"}, ["config.model.quantize is 'int8'", "'off'"]),
@@ -41,10 +54,6 @@ REFUSED = [
     ({"rotary_fraction": 1.5}, ["config.model.rotary_fraction is 1.5", "above 1"]),
     ({"rotary_fraction": 0.4}, ["head_width is 8, and of them only 3", "rotary_fraction"]),
     ({"attention_scale": -1.0}, ["config.model.attention_scale", "1/sqrt(head_width)"]),
-    (
-        {"learned_positions": 9, "rope_scaling": "linear factor=2"},
-        ["config.model.rope_scaling", "learned_positions = 9"],
-    ),
     (
         {"local_rope_theta": 10.0, "rope_scaling": "linear factor=2"},
         ["config.model.rope_scaling", "no layer uses", "layer_pattern"],
