@@ -186,8 +186,7 @@ def main() -> int:
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if flags.way == "from-hf":
         from_hf(source, out, dtype=flags.dtype, say=say)
-        python = sys.executable
-        print(f"{out} is written. Try: {python} -m jaxlm.generate --checkpoint={out} --prompt=...")
+        print(f"{out} is written. {_next(out)}")
     else:
         if not flags.shard_gb > 0:
             raise ValueError(f"--shard_gb={flags.shard_gb} must be greater than 0")
@@ -195,6 +194,16 @@ def main() -> int:
         to_hf(source, out, dtype=flags.dtype, step=flags.step, shard_bytes=size, say=say)
         print(f"{out} is written, for AutoModelForCausalLM.from_pretrained({str(out)!r}).")
     return 0
+
+
+def _next(out: Path) -> str:
+    """What can be done with a folder that from-hf made."""
+    if (out / "tokenizer").is_dir():
+        return f"Try: {sys.executable} -m jaxlm.generate --checkpoint={out} --prompt=..."
+    return (
+        f"Without a tokenizer it serves for --config.init.checkpoint={out}; for text, put "
+        f"tokenizer.json and tokenizer_config.json into {out / 'tokenizer'}."
+    )
 
 
 def _flags():

@@ -12,7 +12,7 @@ from cases import CASES, draw, save
 from fake import shapes_of
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import params
+from jaxlm import convert, params
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.checkpoint.digest import named
 from jaxlm.convert import from_hf, to_hf
@@ -196,6 +196,22 @@ def test_the_context_ends_with_the_table_of_positions(tmp_path):
     save(tmp_path / "gpt2", config, shapes_of(config))
     tokenizers.save_byte(tmp_path / "gpt2")
     assert open_model(tmp_path / "gpt2", **quiet).length == config["n_positions"]
+
+
+def test_what_can_be_done_with_a_folder_is_said(source, tmp_path, monkeypatch, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in source.glob("*model*"):
+        shutil.copy(path, bare)
+    shutil.copy(source / "config.json", bare)
+    for path, out in ((source, "whole"), (bare, "without")):
+        monkeypatch.setattr("sys.argv", ["convert", "from-hf", str(path), str(tmp_path / out)])
+        assert convert.main() == 0
+    whole, without = capsys.readouterr().out.splitlines()
+    assert "jaxlm.generate" in whole
+    assert "jaxlm.generate" not in without
+    assert f"--config.init.checkpoint={tmp_path / 'without'}" in without
+    assert str(tmp_path / "without" / "tokenizer") in without
 
 
 def test_a_hugging_face_folder_has_no_steps(source):
