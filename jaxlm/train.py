@@ -330,4 +330,4 @@ def _work(run: Run, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    process.run(main, "the same command goes on from the last checkpoint, where there is one")

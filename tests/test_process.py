@@ -35,14 +35,14 @@ def main():
             raise OSError(28, "No space left on device", "/data/metrics.jsonl")
         case ["exit"]:
             raise SystemExit("nothing to do")
-        case ["sleep"]:
+        case ["sleep", *_]:
             import time
             time.sleep(60)
         case ["seven"]:
             return 7
 
 if __name__ == "__main__":
-    process.run(main)
+    process.run(main, *sys.argv[2:3])
 """
 
 
@@ -188,12 +188,19 @@ def test_a_crash_goes_to_the_work_folder_once_it_is_known(tmp_path, monkeypatch,
     assert str(file) in capsys.readouterr().err
 
 
-def test_ctrl_c_before_training(program):
-    child = program("sleep", wait=False)
+@pytest.mark.parametrize(
+    ("args", "sent", "code", "text"),
+    [
+        ((), signal.SIGINT, 130, "Ctrl-C; the same command starts from the beginning"),
+        (("it goes on",), signal.SIGTERM, 143, "SIGTERM; it goes on"),
+    ],
+)
+def test_stopped_it_says_what_the_same_command_does(program, args, sent, code, text):
+    child = program("sleep", *args, wait=False)
     child.stdout.readline()
-    child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=60)[1].startswith("stopped by Ctrl-C; the same command")
-    assert child.returncode == 130
+    child.send_signal(sent)
+    assert child.communicate(timeout=60)[1] == f"stopped by {text}\n"
+    assert child.returncode == code
 
 
 def test_no_complaint_when_the_reader_has_gone(program):

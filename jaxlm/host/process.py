@@ -57,7 +57,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",  # its default, said aloud, spares a warning at each fork
 }
 
-AGAIN = "the same command starts again, from the last checkpoint where there is one"
+AGAIN = "the same command starts from the beginning"
 
 notes: list[str] = []  # what `start` could not do, for the console to warn of
 _crashes: list[Path] = []  # where to write the traceback of a crash
@@ -87,8 +87,10 @@ def start(name: str) -> None:
     _keep_compiled_programs()
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], again: str = AGAIN) -> NoReturn:
     """Calls `main` and exits with its code; whatever it raises becomes one line and a code.
+
+    `again`: what the same command does after Ctrl-C or SIGTERM.
 
     A `ValueError` that our own code raises is the user's to mend, and so is a full or read-only
     disk: code 1, nothing that another start would cure. Any other exception is a bug, or a machine
@@ -102,9 +104,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         cluster.leave("", 0)
         failed = False
     except KeyboardInterrupt:
-        _leave(_last_words(f"stopped by Ctrl-C; {AGAIN}", 128 + signal.SIGINT))
+        _leave(_last_words(f"stopped by Ctrl-C; {again}", 128 + signal.SIGINT))
     except Terminated:
-        _leave(_last_words(f"stopped by SIGTERM; {AGAIN}", 128 + signal.SIGTERM))
+        _leave(_last_words(f"stopped by SIGTERM; {again}", 128 + signal.SIGTERM))
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:
