@@ -185,6 +185,7 @@ class Jaxlm(TemplateLM):
                 f"there are {', '.join(SAMPLING)}, do_sample, until and max_gen_toks"
             )
         sampling = {k: float(v) for k, v in kwargs.items() if k in SAMPLING and v is not None}
+        ids = ids or [self._texts.prefix]  # an empty context, and no bos put before it
         return Prompt(ids[-room:], tokens, tuple(stop for stop in until if stop), sampling)
 
     def _until_special(self, ids, until):

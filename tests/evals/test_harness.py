@@ -12,7 +12,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from jaxlm.evals import tasks
+from jaxlm.evals import tasks, texts
+from jaxlm.evals.harness import Jaxlm
 from tests.evals import local_tasks
 from tools.evaluation_parity import RUNS, opened
 
@@ -53,3 +54,18 @@ def test_how_to_generate_is_refused_in_our_words(folder):
     ask = Instance("generate_until", {}, ("a", {"temperature": "abc"}), 0)
     with pytest.raises(ValueError, match=r"generation_kwargs mean nothing: .*'abc'"):
         model.generate_until([ask])
+
+
+def test_an_empty_context_is_the_bos(tmp_path):
+    """Of a tokenizer that puts none before a text by itself."""
+    local_tasks.write_tokenizer(tmp_path, bos=False, length=96)
+    asked = []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return [[1] for _ in prompts]
+
+    model = Jaxlm(texts.load(tmp_path), 96, lambda requests: [], generate)
+    until = {"until": ["e"], "max_gen_toks": 8}
+    model.generate_until([Instance("generate_until", {}, (text, until), 0) for text in ("", "a")])
+    assert [prompt.ids for prompt in asked] == [[model.prefix_token_id], model.tok_encode("a")]
