@@ -15,22 +15,19 @@ bytes by the rate at which a plain sum reads as many, with a thread for each cor
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from bench_train import SHAPES, Shape, llama  # noqa: E402
-
-from jaxlm.host.hugepages import TUNABLES  # noqa: E402  (imports no JAX)
+from bench_train import SHAPES, Shape, llama
+from peers import Worker, serve
 
 # The two contestants: each returns (rows of prompts, new tokens) -> None, and its weights' bytes.
 
@@ -93,52 +90,32 @@ SIDES = {"jax": jax_side, "torch": torch_side}
 
 
 def work(args):
-    """A worker: builds its side, then takes a turn for every line on stdin: rows and new tokens."""
+    """A worker: builds its side; a turn is generating in so many rows so many new tokens."""
     import numpy as np
 
     job = json.loads(args.worker)
     shape = SHAPES[args.shape]
     generate, weights, about = SIDES[job["side"]](shape, job["dtype"], args.prompt + args.new)
-    print(json.dumps({"about": about, "weights": weights}), flush=True)
-    for line in sys.stdin:
-        rows, new = json.loads(line)
+
+    @functools.cache
+    def prompts(rows):
         words = np.random.default_rng(0).integers(0, shape.vocabulary, (rows, args.prompt))
-        wall, cpu = time.perf_counter(), time.process_time()
-        generate(words.tolist(), new)
-        turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        print(json.dumps(turn), flush=True)
+        return words.tolist()
+
+    def turn(request):
+        rows, new = request
+        generate(prompts(rows), new)
+        return {}
+
+    serve({"about": about, "weights": weights}, turn)
 
 
-class Worker:
-    """A contestant in its own process; it rests until asked for a turn."""
-
-    def __init__(self, name, python, job, args):
-        self.name = name
-        tunables = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
-        command = [python, __file__, f"--worker={json.dumps(job)}", f"--shape={args.shape}"]
-        command += [f"--prompt={args.prompt}", f"--new={args.new}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        ready = self._read()
-        self.weights = ready["weights"]
-        print(f"{name:16} {ready['about']}, {self.weights / 1e6:.0f} MB of weights", flush=True)
-
-    def turn(self, rows, new) -> float:
-        """Seconds of generating so many tokens in so many rows."""
-        self.process.stdin.write(f"[{rows}, {new}]\n")
-        self.process.stdin.flush()
-        return self._read()["wall"]
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self):
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.name} ended with code {self.process.wait()}; see above")
+def contestant(name, python, job, args) -> Worker:
+    flags = f"--shape={args.shape}", f"--prompt={args.prompt}", f"--new={args.new}"
+    worker = Worker(name, __file__, python, job, *flags)
+    weights = worker.ready["weights"] / 1e6
+    print(f"{name:16} {worker.ready['about']}, {weights:.0f} MB of weights", flush=True)
+    return worker
 
 
 def bandwidth(size: int) -> float:
@@ -160,21 +137,23 @@ def bandwidth(size: int) -> float:
 
 def compare(workers: list[Worker], rows: int, args) -> list[str]:
     """The lines of a table: each contestant at one batch, and its ratio to torch's."""
+    seconds_of = lambda worker, new: worker.turn([rows, new])["wall"]
     for worker in workers:  # compiles
-        worker.turn(rows, 1)
-        worker.turn(rows, args.new)
+        seconds_of(worker, 1)
+        seconds_of(worker, args.new)
     first, decode = {w: [] for w in workers}, {w: [] for w in workers}
     for _ in range(args.rounds):
         for worker in workers:
-            first[worker].append(worker.turn(rows, 1))
-            decode[worker].append(worker.turn(rows, args.new) - first[worker][-1])
+            first[worker].append(seconds_of(worker, 1))
+            decode[worker].append(seconds_of(worker, args.new) - first[worker][-1])
     lines = []
     for worker in workers:
         seconds = statistics.median(first[worker])
         step = statistics.median(decode[worker]) / (args.new - 1)
         line = f"{worker.name:16}{rows:6}{seconds * 1e3:12.1f}{rows * args.prompt / seconds:12,.0f}"
         line += f"{rows / step:12,.0f}{step * 1e3:10.2f}"
-        limit = worker.weights / bandwidth(worker.weights)
+        weights = worker.ready["weights"]
+        limit = weights / bandwidth(weights)
         line += f"{step / limit:9.1f}"
         for other in workers:
             if other.name == f"torch {worker.name}":
@@ -210,10 +189,10 @@ def main(argv=None):
     head += f"{'× limit':>9}  times as fast as torch"
     print(head)
     for dtype in args.dtypes.split(","):
-        workers = [Worker(dtype, sys.executable, {"side": "jax", "dtype": dtype}, args)]
+        workers = [contestant(dtype, sys.executable, {"side": "jax", "dtype": dtype}, args)]
         if args.torch:
             job = {"side": "torch", "dtype": dtype}
-            workers.append(Worker(f"torch {dtype}", args.torch, job, args))
+            workers.append(contestant(f"torch {dtype}", args.torch, job, args))
         for rows in args.batches.split(","):
             print("\n".join(compare(workers, int(rows), args)), flush=True)
         for worker in workers:

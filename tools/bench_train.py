@@ -19,14 +19,12 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from jaxlm.host.hugepages import TUNABLES  # noqa: E402  (imports no JAX)
+from peers import Worker, serve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,53 +133,16 @@ def torch_step(shape: Shape, dtype: str, optimizer: str, overrides: dict):
     return step, f"torch {torch.__version__}"
 
 
-# A worker process, and the parent's side of it.
-
-
 def work(args):
-    """Builds and warms up one contestant, then takes a turn for every line on stdin."""
+    """A worker: builds and warms up one contestant; a turn is `--steps` steps."""
     job = json.loads(args.worker)
     make = {"jax": jax_step, "torch": torch_step}[job["side"]]
     began = time.perf_counter()
     step, about = make(SHAPES[args.shape], job["dtype"], args.optimizer, job["overrides"])
     step()
     step()
-    print(json.dumps({"about": about, "seconds": time.perf_counter() - began}), flush=True)
-    for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        losses = [step() for _ in range(args.steps)]
-        turn = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        print(json.dumps({**turn, "loss": losses[-1]}), flush=True)
-
-
-class Worker:
-    """A contestant in its own process; it rests until asked for a turn."""
-
-    def __init__(self, name, python, job, args):
-        self.name, self.turns = name, []
-        tunables = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=tunables)
-        command = [python, __file__, f"--worker={json.dumps(job)}", f"--shape={args.shape}"]
-        command += [f"--steps={args.steps}", f"--optimizer={args.optimizer}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        ready = self._read()
-        print(f"{name:28} {ready['about']}, ready in {ready['seconds']:.1f} s", flush=True)
-
-    def turn(self):
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.turns.append(self._read())
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self):
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.name} ended with code {self.process.wait()}; see above")
+    ready = {"about": about, "seconds": time.perf_counter() - began}
+    serve(ready, lambda _: {"loss": [step() for _ in range(args.steps)][-1]})
 
 
 def contestants(args) -> list[Worker]:
@@ -201,7 +162,13 @@ def contestants(args) -> list[Worker]:
             if dtype == "bfloat16":
                 job = {**job, "overrides": {"autocast": True}}
                 jobs.append((f"torch {dtype}, autocast", args.torch, job))
-    return [Worker(name, python, job, args) for name, python, job in jobs]
+    flags = f"--shape={args.shape}", f"--steps={args.steps}", f"--optimizer={args.optimizer}"
+    workers = []
+    for name, python, job in jobs:
+        workers.append(Worker(name, __file__, python, job, *flags))
+        ready = workers[-1].ready
+        print(f"{name:28} {ready['about']}, ready in {ready['seconds']:.1f} s", flush=True)
+    return workers
 
 
 def table(workers: list[Worker], tokens: int, steps: int) -> str:
