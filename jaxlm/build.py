@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -68,15 +67,20 @@ class Built(NamedTuple):
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a packed batch (`jaxlm.contract`)."""
-        rows, length = self.run.rows, self.run.data.length
         where = sharding.batch_sharding(self.mesh)
-        make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        make = lambda like: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where)
+        return {name: make(like) for name, like in self.zeros(self.run.rows).items()}
+
+    def zeros(self, rows: int) -> dict[str, np.ndarray]:
+        """A batch of that many rows of what the method reads, all of it padding."""
+        members = (self.run.members,) if self.run.members > 1 else ()
+        shape = (rows, *members, self.run.data.length)
         ids = ("tokens", "targets", "segments", "positions")
-        return (
-            {name: make((rows, length), jnp.int32) for name in ids}
-            | {"weights": make((rows, length), jnp.float32)}
-            | {name: make((rows,), jnp.int32) for name in ("source", "index")}
-        )
+        batch = {name: np.zeros(shape, np.int32) for name in ids}
+        batch |= {"weights": np.zeros(shape, np.float32)}
+        if self.run.method.reads == "feedback":
+            batch |= {"desirable": np.zeros(rows, np.float32)}
+        return batch | {name: np.zeros(rows, np.int32) for name in ("source", "index")}
 
     def model_flops(self) -> int:
         """FLOPs that the model needs for one step, as MFU counts them.

@@ -18,6 +18,8 @@ import ml_collections
 
 from jaxlm import methods
 from jaxlm.contract import Method, compose
+from jaxlm.data.conversations import MEMBERS
+from jaxlm.data.examples import READ_AS
 from jaxlm.data.prepare import DataSpec
 from jaxlm.data.sources import SourceSpec, parse_added
 from jaxlm.data.tokenizer import load as load_tokenizer
@@ -185,6 +187,15 @@ class Run:
         """Rows drawn for one step; more than `batch` where the method selects."""
         return self.batch * self.method.oversample
 
+    @property
+    def members(self) -> int:
+        """Rows of tokens in a row of the batch: 2 where the method reads pairs or feedback."""
+        return MEMBERS[READ_AS[self.method.reads][0]]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.members * self.data.length
+
     def check_devices(self, mesh) -> None:
         """Raises `ValueError` if the batch cannot lie on this mesh."""
         ways = rows_divide_by(mesh)
@@ -260,10 +271,10 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
     _check_best(c)
-    if method.reads != "rows":
+    if method.select and method.reads != "rows":
         raise ValueError(
-            f"config.method={c.method!r} reads {method.reads}, and all sources give rows of text; "
-            "its parts can be used from Python (jaxlm.methods)"
+            f"config.method={c.method!r} selects rows of text, and its objective reads "
+            f"{method.reads}; leave the selection out"
         )
     if method.objective is None:
         raise ValueError(f"config.method={c.method!r} has no objective; add next_token or dpo")
@@ -279,7 +290,7 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         workdir=Path(workdir).expanduser(),
         method=method,
         profile=_profile(c.profile, c.steps),
-        data=_data(c.data),
+        data=_data(c.data, c.method, method.reads),
         config=flat,
         changed=_changed(flat),
         overridden=tuple(key for key in overrides if not _is_free(key)),
@@ -384,8 +395,11 @@ def _build(spec, group: ConfigDict, name: str):
         raise ValueError(f"config.{name}: {e}") from None
 
 
-def _data(group: ConfigDict) -> DataSpec:
-    """The data group and its mixture; a source's name is its key in the mixture."""
+def _data(group: ConfigDict, method: str, reads: str) -> DataSpec:
+    """The data group and its mixture; a source's name is its key in the mixture.
+
+    Raises `ValueError` for a source that does not give what the method reads.
+    """
     sources = [SourceSpec(name=name, **dict(entry)) for name, entry in group.mix.items()]
     sources += parse_added(group.add)
     if not sources:
@@ -393,6 +407,15 @@ def _data(group: ConfigDict) -> DataSpec:
             "the mixture is empty: set config.data.mix in the recipe, or "
             "--config.data.add=name:path:weight"
         )
+    known = READ_AS[reads]
+    for i, each in enumerate(sources):
+        if each.format and each.format not in known:
+            raise ValueError(
+                f"source {each.name!r} has format={each.format!r}, and config.method={method!r} "
+                f"reads {reads}: set config.data.mix.{each.name}.format to "
+                f"{' or '.join(map(repr, known))}, or choose another method"
+            )
+        sources[i] = dataclasses.replace(each, format=each.format or known[0])
     keys = {k: v for k, v in group.items() if k not in ("mix", "add")}
     return DataSpec(sources=tuple(sources), **keys)
 

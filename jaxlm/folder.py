@@ -19,7 +19,7 @@ from jaxlm import __version__
 from jaxlm import config as configs
 from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.config import Run
-from jaxlm.data import tokenizer
+from jaxlm.data import chat, tokenizer
 from jaxlm.hf import kept
 from jaxlm.host import cluster
 from jaxlm.models.transformer import parameter_count_by_part
@@ -117,6 +117,8 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     if cluster.process() != 0:
         return
     tokenizer.copy(prepared.tokenizer_folder, run.workdir / "tokenizer")
+    if prepared.template:
+        write_atomically(run.workdir / "tokenizer" / chat.FILE, prepared.template)
     if run.init.hf and not (run.workdir / "model.json").is_file():
         source = Path(run.init.hf).expanduser()
         kept.write(run.workdir, kept.of_hf(source, run.model))
@@ -138,7 +140,7 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
             "parameters": sum(parts.values()),
             "parameters_by_part": parts,
             "flops_per_step": flops,
-            "flops_per_token": flops / (run.batch * run.data.length),
+            "flops_per_token": flops / run.tokens_per_step,
             "peak_flops": peak[0],
             "peak_is": peak[1],
             "started": read(path).get("started", now),

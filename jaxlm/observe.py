@@ -48,7 +48,7 @@ class Observer:
                 source.held_out, prepared.tokenizer, length, stride, run.eval.characters
             )
             for source in prepared.sources
-            if source.held_out
+            if source.held_out and source.format == "text"
         }
         ways = rows_divide_by(built.mesh)
         batch = -(-run.eval.batch // ways) * ways
@@ -150,7 +150,7 @@ class Observer:
         self.writer.evaluation(
             {
                 "step": step,
-                "tokens": step * run.batch * run.data.length,
+                "tokens": step * run.tokens_per_step,
                 "seconds": time.monotonic() - begin,
                 **figures,
             }
@@ -209,7 +209,7 @@ class Observer:
             "samples": samples,
             **({"tasks": found} if found else {}),
             "steps": run.steps,
-            "tokens": run.steps * run.batch * run.data.length,
+            "tokens": run.steps * run.tokens_per_step,
             "seconds": time.time() - began,
         }
 

@@ -112,7 +112,7 @@ def dry_run(console: Console, built, prepared) -> int:
     parts = parameter_count_by_part(built.abstract.params)
     console.say("\nParameters:")
     console.table([(k, f"{v:,}") for k, v in (parts | {"total": sum(parts.values())}).items()])
-    tokens = run.steps * run.batch * run.data.length
+    tokens = run.steps * run.tokens_per_step
     console.say(f"\nTokens: {tokens:,} in {run.steps:,} steps")
     for line in epochs(prepared, run):
         console.say(f"  {line}")
@@ -133,11 +133,10 @@ def _estimate(console, built):
         return
     with console.phase(3, 6, "estimate", f"compiling, then timing {TRIED_STEPS} steps on zeros"):
         step, _ = built.step()
-        shape = (run.rows, run.data.length)
-        rows = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets")}
-        rows |= {"segments": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32)}
-        rows |= {"positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)}
-        rows |= {k: np.zeros(shape[:1], np.int32) for k in ("source", "index")}
+        rows = built.zeros(run.rows)
+        rows |= {k: np.ones_like(rows[k]) for k in ("segments", "weights")}
+        where = np.arange(run.data.length, dtype=np.int32)
+        rows["positions"] = np.broadcast_to(where, rows["tokens"].shape)
         batch, state, key = built.put_whole(rows), built.first_state(), jax.random.key(0)
         compiled = step.lower(state, batch, key).compile()
         memory = compiled.memory_analysis()
@@ -151,7 +150,7 @@ def _estimate(console, built):
     if memory is not None:
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         console.say(f"  memory of a step, per device: {peak / 2**20:,.0f} MiB")
-    speed = run.batch * run.data.length / seconds
+    speed = run.tokens_per_step / seconds
     console.say(
         f"  {seconds * 1e3:,.0f} ms a step, {speed:,.0f} tokens/s: the {run.steps:,} steps take "
         f"about {run.steps * seconds / 60:,.1f} minutes, without evaluation"

@@ -125,7 +125,7 @@ def _train(
         start=start,
         steps=run.steps,
         every=run.log.every,
-        tokens_per_step=run.batch * run.data.length,
+        tokens_per_step=run.tokens_per_step,
         chars_per_token=summary.chars_per_token(run, prepared),
         flops_per_step=flops,
         peak_flops_of_all=peak[0] * jax.device_count(),
@@ -133,7 +133,7 @@ def _train(
         minutes=run.expect.minutes,
         weights=summary.weights(run, prepared),
     )
-    text = f"{run.steps - start:,} steps of {run.batch} × {run.data.length} tokens"
+    text = f"{run.steps - start:,} steps of {run.batch * run.members} × {run.data.length} tokens"
     signal = ""
     with (
         console.phase(4, PHASES, "train", text),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from jaxlm.data import mix, pack
+from jaxlm.data import conversations, mix
 from jaxlm.data.prepare import Prepared, PreparedSource
 from jaxlm.data.records import Reader
 
@@ -57,9 +57,17 @@ class HostRows(grain.transforms.DatasetSelectionMap):
 class Gather:
     """Rows of all sources, numbered through -> a batch; one read a source."""
 
-    def __init__(self, sources: Sequence[PreparedSource], attend_across_documents: bool):
-        self._readers = [Reader(source.records) for source in sources]
-        self._first = np.cumsum([0, *(source.rows for source in sources)])
+    def __init__(
+        self,
+        sources: Sequence[PreparedSource],
+        attend_across_documents: bool = False,
+        held_out: bool = False,
+    ):
+        files = [source.held_out_records if held_out else source.records for source in sources]
+        counts = (source.held_out_rows if held_out else source.rows for source in sources)
+        self._readers = [Reader(each) for each in files]
+        self._first = np.cumsum([0, *counts])
+        self._format = sources[0].format
         self._dtype = np.dtype(sources[0].dtype)
         self._length = sources[0].length
         self._attend = attend_across_documents
@@ -73,8 +81,10 @@ class Gather:
             found = self._readers[source].read(index_B[at].tolist())
             for i, record in zip(at, found, strict=True):
                 records[i] = record
-        rows = pack.from_bytes(records, self._length, self._dtype)
-        return pack.to_batch(rows, self._attend) | {
+        fields = conversations.to_batch(
+            records, self._format, self._length, self._dtype, self._attend
+        )
+        return fields | {
             "source": source_B.astype(np.int32),
             "index": index_B.astype(np.int32),
         }

@@ -5,12 +5,13 @@ tokenizer encodes the next chunk on all cores, in threads of its own (forking a 
 unsafe next to JAX), while this thread packs and writes the one before.
 """
 
+import collections
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
 
-from jaxlm.data import meter, pack, records, sources, tokenizer
+from jaxlm.data import chat, conversations, examples, meter, pack, records, sources, tokenizer
 from jaxlm.data.documents import Document, Progress, Tally, distinct, is_held_out
 from jaxlm.data.spec import DataSpec
 
@@ -51,9 +52,13 @@ def _training_texts(spec: DataSpec, report: Progress) -> Iterator[str]:
         for held, document in divided(source, spec.held_out, Tally(), report):
             if not held:
                 used += len(document.text)
-                yield document.text
+                yield from _plain(source, document)
             if used >= limit:
                 break
+
+
+def _plain(source: sources.SourceSpec, document: Document) -> list[str]:
+    return examples.texts(json.loads(document.text)) if source.structured else [document.text]
 
 
 def divided(
@@ -103,21 +108,20 @@ def build_records(
     spec: DataSpec,
     source: sources.SourceSpec,
     tokens: tokenizer.Tokenizer,
+    template: chat.Template | None,
     report: Progress,
 ) -> dict:
     """Writes the packed rows and held_out.jsonl of one source; returns the facts about them."""
+    if source.structured and template:
+        template = chat.Template(template.text, tokens, template.folder)  # it counts
+        return _build_conversations(folder, spec, source, template, report)
     tally, held = Tally(), HeldOut(folder / "held_out.jsonl")
     size = sources.size(source, spec.held_out, report)
     progress = meter.Meter(report, f"{source.name}: tokenizing and packing", size)
     documents = held.rest(divided(source, spec.held_out, tally, report), progress)
     writer, packed = _pack_into(folder, documents, spec.length, source.max_tokens, tokens, progress)
     tally.check(source.name, spec.skip_malformed, sources.remedy(source))
-    if not writer.rows:
-        raise ValueError(
-            f"source {source.name!r} has no document to train on: of {tally.rows} rows "
-            f"{tally.malformed} are malformed, {tally.empty} empty, {tally.filtered} filtered out, "
-            f"{tally.duplicates} duplicates and {held.documents} held out."
-        )
+    _require_rows(source, writer, tally, held)
     progress.end(f"{source.name}: {packed['tokens']:,} tokens in {writer.rows:,} rows")
     lossless = packed.pop("lossless")
     return {
@@ -125,13 +129,7 @@ def build_records(
         | {
             "rows": writer.rows,
             "chars_per_token": packed["characters"] / packed["tokens"],
-            "duplicates": tally.duplicates,
-            "malformed": tally.malformed,
-            "empty": tally.empty,
-            "filtered": tally.filtered,
-            "held_out_documents": held.documents,
-            "held_out_characters": held.characters,
-            "hash": held.hash,
+            **_left_out(tally, held),
         },
         "files": writer.names,
         "dtype": writer.dtype.str,
@@ -139,6 +137,117 @@ def build_records(
         "records_hash": writer.hash,
         "notes": _notes(source, spec, tokens.name, tally, held.documents, lossless),
     }
+
+
+def _require_rows(source, writer, tally, held):
+    if writer.rows:
+        return
+    why = "".join(f", {count} {reason}" for reason, count in tally.useless.items() if count)
+    raise ValueError(
+        f"source {source.name!r} has no document to train on: of {tally.rows} rows "
+        f"{tally.malformed} are malformed, {tally.empty} empty, {tally.filtered} filtered out, "
+        f"{tally.duplicates} duplicates and {held.documents} held out{why}."
+    )
+
+
+def _left_out(tally, held) -> dict:
+    """The part of a card that says what is not trained on."""
+    return {
+        "duplicates": tally.duplicates,
+        "malformed": tally.malformed,
+        "empty": tally.empty,
+        "filtered": tally.filtered,
+        "held_out_documents": held.documents,
+        "held_out_characters": held.characters,
+        "hash": held.hash,
+    }
+
+
+def _build_conversations(folder, spec, source, template, report) -> dict:
+    """As `build_records`, of conversations, preferences or feedback."""
+    tally, held = Tally(), HeldOut(folder / "held_out.jsonl")
+    size = sources.size(source, spec.held_out, report)
+    progress = meter.Meter(report, f"{source.name}: writing conversations as tokens", size)
+    dtype = tokenizer.token_dtype(template.tokenizer.vocabulary_size)
+    writer, aside = (records.Writer(folder, dtype, prefix) for prefix in ("", "held_out_"))
+    total = collections.Counter()
+
+    def write(documents, to, most):
+        make = conversations.Maker(source.format, template, spec.length, spec.too_long, tally)
+        for chunk in chunks(documents):
+            if most and total["tokens"] >= most:
+                break
+            room = most and most - total["tokens"]
+            made = make([(each.name, json.loads(each.text)) for each in chunk], room)
+            to.append(conversations.to_records(made, source.format, dtype))
+            if to is writer:
+                total.update(made.counts)
+                progress.add(0)
+        to.close()
+
+    write(
+        held.rest(divided(source, spec.held_out, tally, report), progress),
+        writer,
+        source.max_tokens,
+    )
+    write(iter(read_held_out(folder / "held_out.jsonl")), aside, 0)
+    tally.check(source.name, spec.skip_malformed, sources.remedy(source))
+    _require_rows(source, writer, tally, held)
+    progress.end(f"{source.name}: {total['tokens']:,} tokens of responses in {writer.rows:,} rows")
+    useless = {reason: count for reason, count in tally.useless.items() if count}
+    return {
+        "card": {
+            "format": source.format,
+            "documents": total["examples"],
+            "characters": total["characters"],
+            "tokens": total["tokens"],
+            "positions": total["positions"],
+            "rows": writer.rows,
+            "held_out_rows": aside.rows,
+            "chars_per_token": total["characters"] / total["tokens"],
+            **({"liked": total["liked"]} if source.format == "feedback" else {}),
+            **_left_out(tally, held),
+            "useless": useless,
+        },
+        "files": writer.names,
+        "held_out_files": aside.names,
+        "dtype": dtype.str,
+        "lossless": True,
+        "records_hash": writer.hash + aside.hash,
+        "notes": [
+            *_notes(source, spec, template.tokenizer.name, tally, held.documents, True),
+            *_notes_on_conversations(source, spec, template, total, useless),
+        ],
+    }
+
+
+def _notes_on_conversations(source, spec, template, total, useless) -> list[str]:
+    name, notes = source.name, []
+    dropped = {reason: count for reason, count in useless.items() if reason != "cut"}
+    if dropped:
+        what = ", ".join(f"{count:,} for {reason}" for reason, count in dropped.items())
+        more = (
+            f" (more than {spec.length} tokens; see data.too_long)" if "too long" in dropped else ""
+        )
+        notes.append(
+            f"Source {name!r}: left out {what}{more}; {total['examples']:,} are trained on."
+        )
+    if useless.get("cut"):
+        notes.append(
+            f"Source {name!r}: {useless['cut']:,} conversations longer than {spec.length} tokens "
+            f"lost their {spec.too_long}."
+        )
+    if template.spelled:
+        notes.append(
+            f"Source {name!r}: {template.spelled:,} messages spell a special token of the "
+            "tokenizer, which is read as that token."
+        )
+    if template.unended:
+        notes.append(
+            f"Source {name!r}: the chat template ends no response with a token of its own, so the "
+            "tokenizer's eos was put behind the last one of each conversation."
+        )
+    return notes
 
 
 def _pack_into(folder, documents, length, max_tokens, tokens, progress):

@@ -5,6 +5,7 @@ every source, on every machine and in every run; nothing has to be remembered or
 built-in corpora decide for whole modules, see `corpora`.)
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class Tally:
     empty: int = 0
     filtered: int = 0
     duplicates: int = 0
+    useless: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     where: list[str] = dataclasses.field(default_factory=list)  # the first malformed rows
 
     def bad(self, where: str, why: str) -> None:

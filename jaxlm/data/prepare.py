@@ -11,14 +11,15 @@ import hashlib
 import os
 import pathlib
 
-from jaxlm.data import build, sources, tokenizer
+from jaxlm.data import build, chat, sources, tokenizer
 from jaxlm.data.cache import Found, cached
 from jaxlm.data.documents import Document, Progress
 from jaxlm.data.meter import throttled
 from jaxlm.data.spec import DataSpec
 
 # Everything that decides what is built from given files.
-_CODE = "build corpora documents filters pack readers records repeats sources tokenizer"
+_CODE = """build chat conversations corpora documents examples exercises filters lift pack readers
+records repeats sources tokenizer"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class PreparedSource:
     held_out: list[Document]
     length: int
     dtype: str  # of the stored tokens
+    format: str = "text"  # of its records: "text", or see `conversations`
+    held_out_records: tuple[pathlib.Path, ...] = ()  # of conversations, like `records`
+    held_out_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Prepared:
     card: dict
     notes: tuple[str, ...]  # sentences: malformed rows, damaged caches, nothing held out
     cached: bool  # nothing had to be built
+    template: str = ""  # the chat template, where a source holds conversations
 
 
 def prepare(
@@ -64,14 +69,20 @@ def prepare(
     prints = {source.name: sources.fingerprint(source) for source in spec.sources}
     folder = _tokenizer_folder(spec, prints, root, report)
     tokens = tokenizer.load(folder.folder, spec.tokenizer)
-    folders = [_source_folder(spec, s, prints[s.name], tokens, root) for s in spec.sources]
+    template, note = None, ""
+    if spec.structured:
+        template, note = chat.find(spec.template, tokens, folder.folder)
+    folders = [
+        _source_folder(spec, s, prints[s.name], tokens, template, root) for s in spec.sources
+    ]
     for source, records in zip(spec.sources, folders, strict=True):
         if not records.is_dir():
             build.probe(source, spec, report)
     found = [
-        _source(spec, source, records, tokens, report)
+        _source(spec, source, records, tokens, template, report)
         for source, records in zip(spec.sources, folders, strict=True)
     ]
+    _require_both_labels(found)
     card = _card(spec, tokens, found)
     every = (folder, *found)
     return Prepared(
@@ -80,8 +91,12 @@ def prepare(
         tuple(map(functools.partial(_described, spec.length), spec.sources, found)),
         card["hash"],
         card,
-        tuple(n for part in every for n in (part.note, *part.facts.get("notes", ())) if n),
+        (
+            *([note] if note else []),
+            *(n for part in every for n in (part.note, *part.facts.get("notes", ())) if n),
+        ),
         all(part.cached for part in every),
+        template.text if template else "",
     )
 
 
@@ -95,14 +110,21 @@ def _tokenizer_folder(spec: DataSpec, prints, root: pathlib.Path, report: Progre
     return cached(folder, "tokenizer", make, report)
 
 
-def _source_folder(spec, source, fingerprint, tokens, root) -> pathlib.Path:
+def _source_folder(spec, source, fingerprint, tokens, template, root) -> pathlib.Path:
     about = (_content(source), source.max_tokens, spec.held_out, spec.skip_malformed)
+    if source.structured:
+        about += (template.hash, spec.too_long)
     return root / "records" / _key(fingerprint, about, tokens.hash, spec.length)
 
 
-def _source(spec, source, folder, tokens, report) -> Found:
+def _source(spec, source, folder, tokens, template, report) -> Found:
     make = functools.partial(
-        build.build_records, spec=spec, source=source, tokens=tokens, report=report
+        build.build_records,
+        spec=spec,
+        source=source,
+        tokens=tokens,
+        template=template,
+        report=report,
     )
     return cached(folder, f"source {source.name!r}", make, report)
 
@@ -120,7 +142,22 @@ def _described(length: int, source: sources.SourceSpec, found: Found) -> Prepare
         held_out=build.read_held_out(found.folder / "held_out.jsonl"),
         length=length,
         dtype=found.facts["dtype"],
+        format=source.format or "text",
+        held_out_records=tuple(found.folder / n for n in found.facts.get("held_out_files", ())),
+        held_out_rows=card.get("held_out_rows", 0),
     )
+
+
+def _require_both_labels(found: list[Found]) -> None:
+    """Raises `ValueError` where all feedback says the same."""
+    cards = [part.facts["card"] for part in found if "liked" in part.facts["card"]]
+    liked, total = sum(c["liked"] for c in cards), sum(c["documents"] for c in cards)
+    if cards and liked in (0, total):
+        value = "false" if not liked else "true"
+        raise ValueError(
+            f"all {total:,} labels of the feedback are {value}: there is nothing to tell apart. "
+            "Add examples of the other kind, or train on the good ones with next_token"
+        )
 
 
 def _card(spec: DataSpec, tokens: tokenizer.Tokenizer, found: list[Found]) -> dict:
@@ -146,7 +183,8 @@ def _card(spec: DataSpec, tokens: tokenizer.Tokenizer, found: list[Found]) -> di
 
 def _content(source: sources.SourceSpec) -> tuple:
     """What of a source decides its text, next to its files."""
-    return source.source, source.filter, source.text, source.glob, source.split
+    where = source.source, source.filter, source.text, source.glob, source.split
+    return *where, source.format, source.lift
 
 
 def _key(*parts: object) -> str:

@@ -1,7 +1,8 @@
 """One reader a file format: path -> documents, malformed rows counted in the tally.
 
 A reader is `(path, name, key, tally)`: `name` is the file's name in messages and documents, `key`
-holds the text. A damaged file (not a damaged row) is a `ValueError`.
+holds the text; where it is "", a document is the whole row, as JSON (`data.examples`). A damaged
+file (not a damaged row) is a `ValueError`.
 """
 
 import gzip
@@ -12,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 
 from jaxlm.data.documents import Document, Tally, cut
+from jaxlm.data.examples import FIELDS, canonical
 
 LONG, PART = 2**19, 2**15  # characters
 
@@ -33,7 +35,11 @@ def read_text(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator
 
     Otherwise a book or a dump in one file would be wholly held out, or not at all.
     """
-    del key
+    if not key:
+        raise ValueError(
+            f"{path} is read as one text, and conversations stand in rows: write them as JSON "
+            "lines (.jsonl), Parquet or ArrayRecord"
+        )
     tally.rows += 1
     try:
         text = path.read_bytes().decode("utf-8")
@@ -74,7 +80,12 @@ def _from_json(line, where, name, key, tally) -> Iterator[Document]:
     if not isinstance(row, dict):
         tally.bad(where, "not a JSON object")
         return
-    yield from _checked(row.get(key), where, name, key, tally)
+    yield from _checked(row.get(key) if key else _whole(row), where, name, key, tally)
+
+
+def _whole(row) -> str:
+    """A row as JSON, whatever kind of list or text its values are."""
+    return canonical({key: row[key] for key in FIELDS if row.get(key) is not None} or row)
 
 
 def _checked(text, where, name, key, tally) -> Iterator[Document]:
@@ -101,15 +112,18 @@ def read_parquet(path: pathlib.Path, name: str, key: str, tally: Tally) -> Itera
         raise ValueError(f"{path} is no readable Parquet file: {error}") from None
     with opened as table:
         columns = table.schema_arrow.names
-        if key not in columns:
+        if key and key not in columns:
             raise ValueError(f"{path} has no column {key!r}; set text to one of {columns}.")
+        wanted = [key] if key else [column for column in columns if column in FIELDS]
+        if not wanted:
+            raise ValueError(f"{path} has none of the columns {FIELDS}; there are {columns}.")
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[key]):
-            for value in batch.column(0):
+        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            for value in batch.column(0) if key else batch.to_struct_array():
                 number += 1
                 tally.rows += 1
                 try:
-                    text = value.as_py()
+                    text = value.as_py() if key else _whole(value.as_py())
                 except UnicodeDecodeError:
                     tally.bad(f"{path}:{number}", "no UTF-8 text")
                     continue
@@ -133,6 +147,10 @@ def read_array_record(path: pathlib.Path, name: str, key: str, tally: Tally) -> 
                 text = record.decode()
             except UnicodeDecodeError:
                 tally.bad(where, "no UTF-8 text")
+                continue
+            if not key:
+                tally.rows -= 1
+                yield from _from_json(text, where, f"{name}:{number + 1}", key, tally)
                 continue
             yield Document(f"{name}:{number + 1}", _unwrapped(text, key))
     reader.close()
@@ -198,6 +216,9 @@ def tfds_rows(source: str, name: str, split: str, key: str, tally: Tally) -> Ite
     for number in range(len(rows)):
         tally.rows += 1
         row, where = rows[number], f"{source}/{split}:{number + 1}"
+        if not key:
+            yield from _checked(_whole(row), where, f"{split}:{number + 1}", key, tally)
+            continue
         if key not in row:
             raise ValueError(
                 f"source {name!r}: {source} has no {key!r}; set text to one of {list(row)}"

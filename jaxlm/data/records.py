@@ -5,7 +5,7 @@ group_size:1, since Grain asks for single rows and a group is decompressed whole
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -19,19 +19,23 @@ IN_MEMORY_BYTES = 2**26
 class Writer:
     """Writes rows to numbered files in a folder; `hash` is of their content and order."""
 
-    def __init__(self, folder: pathlib.Path, dtype: np.dtype):
-        self._folder, self.dtype = folder, dtype
+    def __init__(self, folder: pathlib.Path, dtype: np.dtype, prefix: str = ""):
+        self._folder, self._prefix, self.dtype = folder, prefix, dtype
         self._file = None
         self._digest = hashlib.sha256()
         self.rows, self.names = 0, []
 
     def write(self, rows: pack.Rows) -> None:
+        self.append(pack.to_bytes(rows, self.dtype))
+
+    def append(self, stored: Iterable[bytes]) -> None:
+        """Rows that are bytes already."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        for record in pack.to_bytes(rows, self.dtype):
+        for record in stored:
             if self._file is None or self.rows % ROWS_PER_FILE == 0:
                 self.close()
-                self.names.append(f"{len(self.names):05}.array_record")
+                self.names.append(f"{self._prefix}{len(self.names):05}.array_record")
                 path = str(self._folder / self.names[-1])
                 self._file = ArrayRecordWriter(path, "group_size:1,uncompressed")
             self._file.write(record)

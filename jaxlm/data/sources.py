@@ -1,6 +1,7 @@
 """Where text comes from: one frozen spec a source, told apart by the path alone.
 
 stdlib-code, stdlib-prose     the built-in corpora, no network (`corpora`)
+exercises                     built-in questions with answers right and wrong (`exercises`)
 tfds:NAME                     a TFDS data set prepared on this machine, "name/config:version"
 a folder                      TFDS when it holds dataset_info.json, else all files that match
                               `glob` ("**/*" without one), each read by its suffix
@@ -16,10 +17,11 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from jaxlm.data import corpora, filters, readers
+from jaxlm.data import corpora, examples, exercises, filters, readers
 from jaxlm.data.documents import Document, Progress, Tally
 
-BUILT_IN = ("stdlib-code", "stdlib-prose")
+TEXTS = ("stdlib-code", "stdlib-prose")
+BUILT_IN = (*TEXTS, "exercises")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class SourceSpec:
     text: str = "text"  # the key or column that holds the text
     glob: str = ""  # files of a folder: "**/*.py"
     split: str = "train"  # of a TFDS data set
+    format: str = ""  # "text", "chat", "pairs", "feedback" (`examples`); "" = what the method reads
+    lift: str = ""  # pairs with a limit on the length (`lift`): "both" adds them, "only" keeps them
 
     def __post_init__(self):
         if not self.name or set(self.name) & set(" :;/=,"):
@@ -48,6 +52,21 @@ class SourceSpec:
         if self.max_tokens < 0 or self.max_epochs < 0:
             raise ValueError(f"source {self.name!r}: max_tokens and max_epochs must be 0 or more")
         filters.parse_filter(self.filter)
+        if self.format not in ("", *examples.FORMATS):
+            raise ValueError(
+                f"source {self.name!r}: format={self.format!r} may be '' or one of "
+                f"{', '.join(examples.FORMATS)}"
+            )
+        if self.lift not in examples.LIFT or (self.lift and self.format in ("text", "chat")):
+            raise ValueError(
+                f"source {self.name!r}: lift={self.lift!r} may be '', 'both' or 'only', and needs "
+                "format='pairs'"
+            )
+
+    @property
+    def structured(self) -> bool:
+        """Whether its rows are conversations, preferences or feedback."""
+        return self.format not in ("", "text")
 
 
 def parse_added(text: str) -> tuple[SourceSpec, ...]:
@@ -105,8 +124,10 @@ def is_tfds(spec: SourceSpec) -> bool:
 
 def fingerprint(spec: SourceSpec) -> str:
     """Changes when the source may have changed; from names, sizes and times, so it is quick."""
-    if spec.source in BUILT_IN:
+    if spec.source in TEXTS:
         facts = corpora.fingerprint()
+    elif spec.source in BUILT_IN:
+        facts = exercises.fingerprint()
     elif is_tfds(spec):
         facts = readers.tfds_files(spec.source, spec.name)
     else:
@@ -122,9 +143,9 @@ def fingerprint(spec: SourceSpec) -> str:
 
 def size(spec: SourceSpec, held_out: float, progress: Progress | None = None) -> int:
     """Roughly how many characters `read` will yield; 0 = unknown."""
-    if spec.source in BUILT_IN:
+    if spec.source in TEXTS:
         return sum(len(d.text) for d in corpora.load(held_out, progress)[spec.source])
-    if is_tfds(spec):
+    if spec.source in BUILT_IN or is_tfds(spec):
         return 0
     paths = files(spec)
     packed = any(readers.kind(p) in ("parquet", "array_record") or p.suffix == ".gz" for p in paths)
@@ -135,13 +156,18 @@ def read(
     spec: SourceSpec, tally: Tally, held_out: float, progress: Progress | None = None
 ) -> Iterator[Document]:
     """The documents of a source, filtered. The caller checks `tally` at the end."""
-    keep = filters.parse_filter(spec.filter)
-    if spec.source in BUILT_IN:
+    keep, key = filters.parse_filter(spec.filter), "" if spec.structured else spec.text
+    _require_rows(spec)
+    if spec.source in TEXTS:
         found = corpora.rows(spec.source, held_out, tally, progress)
+    elif spec.source in BUILT_IN:
+        found = exercises.rows(spec.format, tally)
     elif is_tfds(spec):
-        found = readers.tfds_rows(spec.source, spec.name, spec.split, spec.text, tally)
+        found = readers.tfds_rows(spec.source, spec.name, spec.split, key, tally)
     else:
-        found = _from_files(spec, tally)
+        found = _from_files(spec, key, tally)
+    if spec.structured:
+        found = examples.read(found, spec.format, spec.lift, held_out, tally)
     for document in found:
         if not document.text.strip():
             tally.empty += 1
@@ -153,7 +179,8 @@ def read(
 
 def read_as_one_text(spec: SourceSpec) -> str:
     """A sentence if somebody may expect the rows of a table where a text is read; else ""."""
-    if spec.source in BUILT_IN or pathlib.Path(spec.source).suffix not in (".json", ".csv", ".tsv"):
+    table = pathlib.Path(spec.source).suffix in (".json", ".csv", ".tsv")
+    if spec.source in BUILT_IN or spec.structured or not table:
         return ""
     return (
         f"Source {spec.name!r}: {spec.source} was read as plain text; write it as JSON lines or "
@@ -166,11 +193,28 @@ def remedy(spec: SourceSpec) -> str:
     folder = spec.source not in BUILT_IN and not is_tfds(spec)
     if folder and pathlib.Path(spec.source).expanduser().is_dir():
         return "Leave such files out with glob, as in glob='**/*.txt', or repair them"
+    if spec.structured:
+        return f"Repair them, or name another format than {spec.format!r} for this source"
     return "Repair them"
 
 
-def _from_files(spec: SourceSpec, tally: Tally) -> Iterator[Document]:
+def _require_rows(spec: SourceSpec) -> None:
+    if spec.structured == (spec.source in TEXTS) and spec.source in BUILT_IN:
+        gives = "text" if spec.source in TEXTS else "conversations"
+        raise ValueError(
+            f"source {spec.name!r}: {spec.source} gives {gives}, and format={spec.format!r} is "
+            f"asked of it; {_otherwise(spec)}"
+        )
+
+
+def _otherwise(spec):
+    if spec.structured:
+        return "give a file with such rows, or train with next_token"
+    return f"set config.data.mix.{spec.name}.format='chat', or use dpo or another such method"
+
+
+def _from_files(spec: SourceSpec, key: str, tally: Tally) -> Iterator[Document]:
     root = pathlib.Path(spec.source).expanduser()
     for path in files(spec):
         name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-        yield from readers.READERS[readers.kind(path)](path, name, spec.text, tally)
+        yield from readers.READERS[readers.kind(path)](path, name, key, tally)

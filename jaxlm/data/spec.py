@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxlm.data.conversations import TOO_LONG
 from jaxlm.data.sources import SourceSpec
 
 
@@ -17,6 +18,9 @@ class DataSpec:
     skip_malformed: float = 0.01  # share of a source's rows that may be unreadable
     stages: str = ""  # weights over time, see `mix`; "" = the sources' weights throughout
     attend_across_documents: bool = False  # see `pack.to_batch`
+    # Of conversations: "" = the tokenizer's own or else "plain"; "plain", "chatml", a .jinja file.
+    template: str = ""
+    too_long: str = "drop"  # a conversation longer than a row: "drop" it, cut its "start" or "end"
 
     def __post_init__(self):
         names = [source.name for source in self.sources]
@@ -37,3 +41,17 @@ class DataSpec:
             raise ValueError(
                 f"vocabulary={self.vocabulary} must be at least 258: 256 bytes, bos and eos"
             )
+        if self.too_long not in TOO_LONG:
+            raise ValueError(
+                f"too_long={self.too_long!r} may be 'drop', 'start' (cut there) or 'end'"
+            )
+        if self.structured and self.attend_across_documents:
+            raise ValueError(
+                "attend_across_documents=True would let conversations of a row see each other, and "
+                f"the source {self.structured[0].name!r} holds conversations; set it False"
+            )
+
+    @property
+    def structured(self) -> list[SourceSpec]:
+        """The sources of conversations, preferences or feedback."""
+        return [source for source in self.sources if source.structured]

@@ -42,7 +42,7 @@ def main() -> int:
         tell.weak_scaling(Console(), run, chip, scaling.weak_scaling(run, chip))
         return 0
     target = topology.resolve(given.topology, given.slices)
-    budget = given.budget_tokens or float(run.steps * run.batch * run.data.length)
+    budget = given.budget_tokens or float(run.steps * run.tokens_per_step)
     with Console() as console:
         for note in process.notes:
             console.warn(note)

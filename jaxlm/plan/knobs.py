@@ -43,7 +43,7 @@ def _candidates(run: Run, sizes: dict[str, int]):
         micro = run.accumulate * times
         text = f"weights gathered {times} times as often"
         yield f"--config.accumulate={micro}", text, changed(run, accumulate=micro)
-    chunk = (run.model.loss_chunk or run.batch * run.data.length) // 4
+    chunk = (run.model.loss_chunk or run.tokens_per_step) // 4
     yield (
         f"--config.model.loss_chunk={chunk}",
         "little",

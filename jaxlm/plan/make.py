@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     @property
     def tokens(self) -> int:
         """Of a step."""
-        return self.built.run.batch * self.built.run.data.length
+        return self.built.run.tokens_per_step
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs / (seconds × devices × peak)."""

@@ -99,7 +99,7 @@ def share_of_one(run: Run, sizes: dict[str, int]) -> tuple[DecoderConfig, int, i
         attention="xla",
         scan_layers="on",
     )
-    rows = run.rows // (sizes["data"] * sizes["fsdp"] * run.accumulate)
+    rows = run.rows * run.members // (sizes["data"] * sizes["fsdp"] * run.accumulate)
     return model, max(rows, 1), run.data.length // sizes["sequence"]
 
 

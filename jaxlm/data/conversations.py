@@ -1,0 +1,219 @@
+"""Examples as tokens -> rows. A conversation is never split over rows; what is too long is cut or
+dropped, as `too_long` says, and counted.
+
+format     a record
+chat       a row of whole conversations, each a segment of its own, as many as fit
+pairs      two rows: the prompt with the chosen, and with the rejected response
+feedback   two rows and a label: the prompt with its response, and with the response of the next
+           example that has another prompt (what KTO estimates its divergence with)
+
+N rows, L length.
+"""
+
+import bisect
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.data import pack
+from jaxlm.data.chat import Encoded, Template
+from jaxlm.data.documents import Tally
+from jaxlm.data.examples import Example, Malformed
+
+MEMBERS = {"text": 1, "chat": 1, "pairs": 2, "feedback": 2}
+TOO_LONG = ("drop", "start", "end")
+
+
+class Made(NamedTuple):
+    """Rows of a chunk of examples, the members of a record one after the other."""
+
+    rows: pack.Rows
+    labels: list[bool]  # of each record, for feedback
+    counts: collections.Counter[str]  # examples, tokens to learn, their characters, rows
+
+
+class Maker:
+    """Makes rows of examples, chunk by chunk, and counts in the tally what it could not use."""
+
+    def __init__(self, form: str, template: Template, length: int, too_long: str, tally: Tally):
+        self._form, self._template, self._tally = form, template, tally
+        self._length, self._too_long = length, too_long
+        self._spare: Example | None = None  # of an earlier chunk, for a mismatched response
+
+    def __call__(self, named: Sequence[tuple[str, Example]], room: int = 0) -> Made:
+        """`named`: examples, each with where it stands. `room`: for tokens of responses, 0 = all;
+        the last example may go beyond it."""
+        if self._form == "chat":
+            return self._chat(named, room)
+        make = self._pair if self._form == "pairs" else self._feedback
+        found, labels, counts = [], [], collections.Counter()
+        for i, (where, example) in enumerate(named):
+            if room and counts["tokens"] >= room:
+                break
+            try:
+                both = make(example, i, named)
+            except Malformed as why:
+                self._tally.bad(where, str(why))
+                continue
+            if both is None:
+                continue
+            found += both
+            labels.append(example.get("label", False))
+            own = both[:1] if self._form == "feedback" else both
+            counts.update(examples=1, liked=int(labels[-1]), **_learned(own))
+            counts["characters"] += sum(
+                len(m["content"])
+                for part in ("chosen", "rejected", "response")
+                for m in example.get(part, ())
+            )
+        if named:
+            self._spare = named[-1][1]
+        rows = whole_rows([[one] for one in found], self._length)
+        return Made(rows, labels, counts)
+
+    def _chat(self, named, room) -> Made:
+        found, counts = [], collections.Counter()
+        for where, example in named:
+            if room and counts["tokens"] >= room:
+                break
+            try:
+                fits = self._fit([self._template.encode(example["messages"])])
+            except Malformed as why:
+                self._tally.bad(where, str(why))
+                continue
+            if fits is None:
+                continue
+            found += fits
+            answers = (m["content"] for m in example["messages"] if m["role"] == "assistant")
+            counts.update(examples=1, characters=sum(map(len, answers)), **_learned(fits))
+        bins = best_fit([len(one.ids) for one in found], self._length + 1)
+        return Made(whole_rows([[found[i] for i in b] for b in bins], self._length), [], counts)
+
+    def _pair(self, example, i, named):
+        del i, named
+        prompt = example["prompt"]
+        both = [
+            self._template.encode([*prompt, *example[key]], len(prompt))
+            for key in ("chosen", "rejected")
+        ]
+        return self._fit(both)
+
+    def _feedback(self, example, i, named):
+        prompt = example["prompt"]
+        own = self._template.encode([*prompt, *example["response"]], len(prompt))
+        other = self._other(example, i, named)
+        mismatched = self._template.encode([*prompt, *other["response"]], len(prompt))
+        fits = self._fit([own])
+        if fits is None:
+            return None
+        cut = len(own.ids) - len(fits[0].ids) if self._too_long == "start" else 0
+        # Its end is of no use to anybody but for one mean over a batch.
+        mismatched = _without_start(mismatched, cut, self._template.tokenizer.bos)
+        return [*fits, _first(mismatched, self._length + 1)]
+
+    def _other(self, example, i, named) -> Example:
+        """The next example that has another prompt."""
+        later = (each for _, each in [*named[i + 1 :], *named[:i]])
+        found = next((each for each in later if each["prompt"] != example["prompt"]), self._spare)
+        if found is None or found["prompt"] == example["prompt"]:
+            raise ValueError(
+                "feedback needs at least two prompts: KTO compares with the response to another one"
+            )
+        return found
+
+    def _fit(self, members: list[Encoded]) -> list[Encoded] | None:
+        """The members cut to the length, alike at the start; None where nothing is left."""
+        most = self._length + 1
+        over = max(len(one.ids) for one in members) - most
+        if over <= 0:
+            return members
+        self._tally.useless["too long" if self._too_long == "drop" else "cut"] += 1
+        if self._too_long == "drop":
+            return None
+        if self._too_long == "start":
+            bos = self._template.tokenizer.bos
+            room = min(one.answer.index(True) for one in members) - 1
+            members = [_without_start(one, over, bos) for one in members] if over <= room else []
+        else:
+            members = [_first(one, most) for one in members]
+        if not members or not all(any(one.answer[1:]) for one in members):
+            self._tally.useless["cut"] -= 1
+            self._tally.useless["too long"] += 1
+            return None
+        return members
+
+
+def _learned(members) -> dict[str, int]:
+    return {
+        "tokens": sum(sum(one.answer[1:]) for one in members),
+        "positions": sum(len(one.ids) - 1 for one in members),
+    }
+
+
+def _without_start(one: Encoded, count: int, bos: int) -> Encoded:
+    """Without that many tokens at the start, behind bos where there is one."""
+    at = 1 if one.ids[0] == bos else 0
+    kept = [*range(at), *range(at + count, len(one.ids))]
+    return Encoded([one.ids[i] for i in kept], [one.answer[i] for i in kept])
+
+
+def _first(one: Encoded, count: int) -> Encoded:
+    return Encoded(one.ids[:count], one.answer[:count])
+
+
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Bins of indices whose sizes fit into `room` together: longest first, each into the fullest
+    bin that still holds it. In a bin the indices rise."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = bisect.bisect_left(free, (sizes[i], -1))
+        left, chosen = free.pop(at) if at < len(free) else (room, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(i)
+        bisect.insort(free, (left - sizes[i], chosen))
+    return [sorted(each) for each in bins]
+
+
+def whole_rows(bins: Sequence[Sequence[Encoded]], length: int) -> pack.Rows:
+    """One row a bin, its conversations one after the other, then padding."""
+    tokens_NL = np.zeros((len(bins), length + 1), np.int32)
+    start_NL, target_NL, real_NL = (np.zeros(tokens_NL.shape, bool) for _ in range(3))
+    for n, each in enumerate(bins):
+        at = 0
+        for one in each:
+            end = at + len(one.ids)
+            tokens_NL[n, at:end] = one.ids
+            target_NL[n, at:end] = one.answer
+            start_NL[n, at], real_NL[n, at:end], target_NL[n, at] = True, True, False
+            at = end
+    return pack.Rows(tokens_NL, start_NL, target_NL, real_NL)
+
+
+# ---------------------------------------------------------------- on disk, and in a batch
+
+
+def to_records(made: Made, form: str, dtype: np.dtype) -> list[bytes]:
+    """One record for the members of an example together, with its label."""
+    rows, members = pack.to_bytes(made.rows, dtype), MEMBERS[form]
+    joined = [b"".join(rows[i : i + members]) for i in range(0, len(rows), members)]
+    if form != "feedback":
+        return joined
+    return [row + bytes([label]) for row, label in zip(joined, made.labels, strict=True)]
+
+
+def to_batch(
+    records: list[bytes], form: str, length: int, dtype: np.dtype, attend_across_documents: bool
+) -> dict[str, np.ndarray]:
+    """The fields of a batch: [B, L] each, and [B, 2, L] for members (`methods.responses`)."""
+    members, size = MEMBERS[form], pack.record_bytes(length, dtype)
+    rows = [record[i * size : (i + 1) * size] for record in records for i in range(members)]
+    batch = pack.to_batch(pack.from_bytes(rows, length, dtype), attend_across_documents)
+    if members > 1:
+        batch = {k: v.reshape(len(records), members, length) for k, v in batch.items()}
+    if form == "feedback":
+        batch["desirable"] = np.array([record[-1] for record in records], np.float32)
+    return batch

@@ -1,0 +1,265 @@
+"""Rows of conversations, preferences and feedback, in one form whatever a data set calls them.
+
+format     what a row may hold
+chat       messages (or conversations); or prompt and response (completion, answer)
+pairs      prompt, chosen, rejected; chosen and rejected may be whole conversations that begin alike
+feedback   prompt, response (completion), label (true or false); or a pair, which is taken apart
+
+A text stands for one message, of the user or the assistant; messages are a list of {"role",
+"content"} ("from" and "value" do too). What comes out is a JSON text with sorted keys, so that
+filters, de-duplication and caches treat it as a document; `Malformed` says what is wrong with a
+row, `Useless` why it teaches nothing. Training or held-out is decided by the first question alone,
+so no prompt lies on both sides, in no source and in no format.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jaxlm.data import lift
+from jaxlm.data.documents import Document, Tally, content_hash, is_held_out
+
+FORMATS = ("text", "chat", "pairs", "feedback")
+READ_AS = {"rows": ("text", "chat"), "pairs": ("pairs",), "feedback": ("feedback",)}
+"""What a method reads -> formats that give it; the first is what "" stands for."""
+LIFT = ("", "both", "only")
+
+FIELDS = (
+    *("messages", "conversations", "prompt", "response", "completion", "answer"),
+    *("chosen", "rejected", "label"),
+)
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+ANSWERS = ("response", "completion", "answer")
+
+Message = dict[str, str]
+Example = dict[str, Any]
+
+
+class Malformed(Exception):
+    """What is wrong with a row, in a few words."""
+
+
+class Useless(Exception):
+    """Why a row that is in order has nothing to learn from, in a few words; it is counted."""
+
+
+def parse(row: dict[str, Any], form: str) -> list[Example]:
+    """The examples of a row: two where a pair is taken apart for feedback, else one."""
+    if form == "chat":
+        return [_chat(row)]
+    if form == "pairs" or ("response" not in row and "chosen" in row):
+        pair = _pair(row)
+        if form == "pairs":
+            return [pair]
+        return [
+            {"prompt": pair["prompt"], "response": pair[which], "label": which == "chosen"}
+            for which in ("chosen", "rejected")
+        ]
+    return [_feedback(row)]
+
+
+def read(
+    documents: Iterator[Document], form: str, how_lift: str, share: float, tally: Tally
+) -> Iterator[Document]:
+    """Documents that hold rows as JSON -> documents that hold examples, split by their prompt."""
+    for document in documents:
+        try:
+            found = parse(json.loads(document.text), form)
+        except Malformed as why:
+            tally.bad(document.name, str(why))
+            continue
+        except Useless as why:
+            tally.useless[str(why)] += 1
+            continue
+        for i, example in enumerate(found):
+            name = f"{document.name}/{i + 1}" if len(found) > 1 else document.name
+            split = "held_out" if is_held_out(prompt_hash(example), share) else "train"
+            for each in _lifted(example, how_lift):
+                yield Document(name, canonical(each), split)
+
+
+def canonical(row: Any) -> str:
+    """As JSON, alike for alike rows."""
+    return json.dumps(row, ensure_ascii=False, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and bytes, which TFDS gives, as JSON can hold them."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def prompt_hash(example: Example) -> int:
+    """Of what the user says before the first answer; a system's message does not count."""
+    said = []
+    for message in example.get("messages") or example["prompt"]:
+        if message["role"] == "assistant":
+            break
+        if message["role"] != "system":
+            said.append(message["content"])
+    return content_hash("\n".join(said))
+
+
+def texts(example: Example) -> list[str]:
+    """Every message's text, for training a tokenizer."""
+    parts = ("messages", "prompt", "chosen", "rejected", "response")
+    return [message["content"] for part in parts for message in example.get(part, ())]
+
+
+# ---------------------------------------------------------------- one format each
+
+
+def _chat(row) -> Example:
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None:
+            return {"messages": _conversation(row[key], key)}
+    prompt, answer = _prompt(row), _messages(_answer(row), "the response", "assistant")
+    return {"messages": _in_order([*prompt, *answer], "prompt and response")}
+
+
+def _pair(row) -> Example:
+    given = {}
+    for key in ("chosen", "rejected"):
+        if row.get(key) is None:
+            raise Malformed(_no(key, row))
+        given[key] = _messages(row[key], key, "assistant")
+    chosen, rejected = given["chosen"], given["rejected"]
+    if row.get("prompt") is None or chosen[0]["role"] != "assistant":
+        prompt, chosen, rejected = _shared(chosen, rejected)
+    else:
+        prompt = _prompt(row)
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[0]["role"] != "assistant":
+            raise Malformed(f"{key!r} does not begin with the assistant after the prompt")
+        _in_order([*prompt, *answer], f"prompt and {key}")
+    if chosen == rejected:
+        raise Useless("equal responses")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _feedback(row) -> Example:
+    if not isinstance(row.get("label"), bool):
+        if row.get("label") is None:
+            raise Malformed(_no("label", row))
+        raise Malformed(f"the label {row['label']!r} is neither true nor false")
+    prompt, answer = _prompt(row), _messages(_answer(row), "the response", "assistant")
+    _in_order([*prompt, *answer], "prompt and response")
+    return {"prompt": prompt, "response": answer, "label": row["label"]}
+
+
+def _shared(chosen, rejected):
+    """(prompt, chosen, rejected) of two conversations that begin alike."""
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if chosen == rejected:
+        raise Useless("equal responses")
+    if not same:
+        raise Malformed("no 'prompt', and chosen and rejected do not begin alike")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _prompt(row) -> list[Message]:
+    if row.get("prompt") is None:
+        key = "prompt" if row.keys() & {"chosen", "label", *ANSWERS} else "messages"
+        raise Malformed(_no(key, row))
+    return _messages(row["prompt"], "prompt", "user")
+
+
+def _answer(row):
+    for key in ANSWERS:
+        if row.get(key) is not None:
+            return row[key]
+    raise Malformed(_no("response", row))
+
+
+def _no(key, row):
+    return f"no {key!r}; the row has {', '.join(sorted(map(str, row))) or 'nothing'}"[:200]
+
+
+def _conversation(value, key) -> list[Message]:
+    if isinstance(value, str):
+        raise Malformed(f"{key!r} is a text and no list of messages")
+    return _in_order(_messages(value, key, "user"), key)
+
+
+def _messages(value, key: str, role: str) -> list[Message]:
+    """A text as one message of that role; a list of messages as it is."""
+    if isinstance(value, str):
+        return [_message({"role": role, "content": value}, key)]
+    if isinstance(value, dict) and all(map(_is_list, value.values())):  # as TFDS keeps a list
+        value = [
+            dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=False)
+        ]
+    if not _is_list(value) or not value:
+        raise Malformed(f"{key!r} is neither a text nor a list of messages")
+    return [_message(item, key) for item in value]
+
+
+def _is_list(value):
+    return isinstance(value, list | tuple)
+
+
+def _message(item, key) -> Message:
+    if not isinstance(item, dict):
+        raise Malformed(f"{key!r} holds something that is no message")
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if _is_list(content) and content and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(role, str) or not role:
+        raise Malformed(f"{key!r} holds a message without a role")
+    if not isinstance(content, str):
+        raise Malformed(f"{key!r} holds a message of {role!r} whose content is no text")
+    role = ROLES.get(role, role)
+    if role == "assistant" and not content.strip():
+        raise Useless("empty response")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise Malformed("half a surrogate pair, which UTF-8 cannot hold") from None
+    return {"role": role, "content": content}
+
+
+def _is_text(part):
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
+def _in_order(messages: list[Message], what: str) -> list[Message]:
+    """The messages, if somebody asks before the assistant answers."""
+    roles = [message["role"] for message in messages]
+    spoken = [role for role in roles if role != "system"]
+    if "assistant" not in roles:
+        raise Malformed(f"no message of the assistant in {what}")
+    if spoken[0] == "assistant":
+        raise Malformed(f"the first message in {what} is the assistant's")
+    if "system" in roles[1:]:
+        raise Malformed(f"a system's message that is not the first in {what}")
+    return messages
+
+
+# ---------------------------------------------------------------- LIFT
+
+
+def _lifted(example: Example, how: str) -> Iterator[Example]:
+    """The example, the pairs with a limit on the length that it gives, or both (`data.lift`)."""
+    if how != "only":
+        yield example
+    if not how:
+        return
+    asked = max(i for i, message in enumerate(example["prompt"]) if message["role"] != "assistant")
+    question = example["prompt"][asked]
+    whole = {key: "\n".join(m["content"] for m in example[key]) for key in ("chosen", "rejected")}
+    triple = lift.Triple(question["content"], whole["chosen"], whole["rejected"])
+    for prompt, chosen, _ in lift.limited(triple):
+        with_limit = [*example["prompt"]]
+        with_limit[asked] = question | {"content": prompt}
+        order = ("chosen", "rejected") if chosen == whole["chosen"] else ("rejected", "chosen")
+        yield {
+            "prompt": with_limit,
+            "chosen": example[order[0]],
+            "rejected": example[order[1]],
+        }
