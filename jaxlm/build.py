@@ -4,6 +4,8 @@ Kept apart from the loop so that studies, evaluation and planning build exactly 
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from jaxlm import chips, flops, sharding
 from jaxlm.checkpoint.digest import named
 from jaxlm.config import Run
 from jaxlm.contract import LM, TrainState
+from jaxlm.data.tokenizer import Tokenizer, same_ids
+from jaxlm.data.tokenizer import load as load_tokenizer
 from jaxlm.hf import folder as hf
 from jaxlm.hf.load import load as load_hf
 from jaxlm.models.transformer import DecoderConfig, decoder
@@ -23,6 +27,7 @@ from jaxlm.optim.state import state_shardings
 from jaxlm.params import load as load_params
 from jaxlm.params import of_layers
 from jaxlm.step import init_state, make_between, make_step
+from jaxlm.stored import Stored, is_run, look
 
 
 class Built(NamedTuple):
@@ -33,6 +38,7 @@ class Built(NamedTuple):
     schedule: Any  # step -> learning rate
     abstract: TrainState  # shapes, dtypes and shardings of the whole state
     scorer: LM  # for evaluation, whose rows hold several documents that must not see each other
+    stored: Mapping[str, Stored]  # extra or column -> the model on disk that it is of
 
     def step(self):
         """The jitted training step, and what runs between steps."""
@@ -65,13 +71,16 @@ class Built(NamedTuple):
         with jax.set_mesh(self.mesh):
             return step.trace(self.abstract, self.abstract_batch(), key)
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a packed batch (`jaxlm.contract`)."""
+    def abstract_batch(self, beside: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a packed batch (`jaxlm.contract`).
+
+        `beside`: with what it has next to its records, routes and columns.
+        """
         where = sharding.batch_sharding(self.mesh)
         make = lambda like: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where)
-        return {name: make(like) for name, like in self.zeros(self.run.rows).items()}
+        return {name: make(like) for name, like in self.zeros(self.run.rows, beside).items()}
 
-    def zeros(self, rows: int) -> dict[str, np.ndarray]:
+    def zeros(self, rows: int, beside: bool = True) -> dict[str, np.ndarray]:
         """A batch of that many rows of what the method reads, all of it padding."""
         members = (self.run.members,) if self.run.members > 1 else ()
         shape = (rows, *members, self.run.data.length)
@@ -80,7 +89,29 @@ class Built(NamedTuple):
         batch |= {"weights": np.zeros(shape, np.float32)}
         if self.run.method.reads == "feedback":
             batch |= {"desirable": np.zeros(rows, np.float32)}
-        return batch | {name: np.zeros(rows, np.int32) for name in ("source", "index")}
+        batch |= {name: np.zeros(rows, np.int32) for name in ("source", "index")}
+        if not beside:
+            return batch
+        batch |= {name: np.zeros(rows, np.float32) for name in self.run.method.routes}
+        for name in self.run.method.columns:
+            fields = self.column_fields(name)
+            batch |= {field: np.zeros((rows, *x.shape), x.dtype) for field, x in fields.items()}
+        return batch
+
+    def column(self, name: str):
+        """(params, batch) -> the fields of a column, and the shapes of these params."""
+        column, lm = self.run.method.columns[name], self.lm.others.get(name, self.lm)
+        fn = lambda params, batch: column.fn(lm, params, batch)
+        if name in self.stored:
+            return fn, sharding.abstract_params(lm, self.mesh)
+        return fn, self.abstract.params
+
+    def column_fields(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a column's fields, of one record."""
+        fn, params = self.column(name)
+        fields = jax.eval_shape(fn, params, self.abstract_batch(beside=False))
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return {field: one(x) for field, x in fields.items()}
 
     def model_flops(self) -> int:
         """FLOPs that the model needs for one step, as MFU counts them.
@@ -137,19 +168,31 @@ class Built(NamedTuple):
     def load(self, path: str):
         """The params of a run, a checkpoint or a Hugging Face folder, laid out like ours."""
         folder, wanted = Path(path).expanduser(), self.abstract.params
-        if hf.is_one(folder):
+        if hf.is_one(folder) and not is_run(folder):
             return load_hf(hf.open_folder(folder), wanted, self.run.model)
         return load_params(folder, wanted, how=self.run.checkpoint.verify)
 
+    def load_other(self, name: str):
+        """The params of a model of its own (`Extra.model`, `Column.model`)."""
+        wanted = sharding.abstract_params(self.lm.others[name], self.mesh)
+        return self.stored[name].load(wanted, how=self.run.checkpoint.verify)
+
+    def first_params(self):
+        """The params that a new run starts from."""
+        start = self.run.init.checkpoint or self.run.init.hf
+        return self.load(start) if start else self.new_params()
+
     def first_state(self) -> TrainState:
         """The state that a new run starts from."""
-        start = self.run.init.checkpoint or self.run.init.hf
-        params = self.load(start) if start else self.new_params()
+        params = self.first_params()
         method = dataclasses.replace(self.run.method, extras={})
         layout = jax.tree.map(lambda x: x.sharding, self.abstract)._replace(extras={})
         init = jax.jit(lambda p: init_state(p, method, self.tx), out_shardings=layout)
         # Outside the jitted init, since an extra may load its params from a file.
-        extras = {k: e.init(params, self.load) for k, e in self.run.method.extras.items()}
+        extras = {
+            name: self.load_other(name) if extra.model else extra.init(params, self.load)
+            for name, extra in self.run.method.extras.items()
+        }
         extras = jax.tree.map(
             lambda x, a: jax.device_put(x, a.sharding), extras, self.abstract.extras
         )
@@ -176,12 +219,18 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
             f"{vocabulary}; 0 takes the tokenizer's"
         )
     packed = not run.data.attend_across_documents
-    lm = decoder(model, sharding.platform(mesh), packed=packed, sequence=mesh.shape["sequence"])
+    make = functools.partial(
+        decoder, platform=sharding.platform(mesh), sequence=mesh.shape["sequence"]
+    )
+    others = {**run.method.extras, **run.method.columns}
+    found = {name: look(other.model) for name, other in others.items() if other.model}
+    for name, model_there in found.items():
+        _refuse_unlike(name, model_there, run, vocabulary)
+    fit = lambda options: dataclasses.replace(options, attention="auto", scan_layers="auto")
+    made = lambda packed: {n: make(fit(f.options), packed=packed) for n, f in found.items()}
+    lm = make(model, packed=packed)._replace(others=made(packed))
     run = dataclasses.replace(run, model=model)
-    scorer = lm
-    if not packed:
-        where = sharding.platform(mesh)
-        scorer = decoder(kept_apart(run), where, sequence=mesh.shape["sequence"])
+    scorer = lm if packed else make(kept_apart(run))._replace(others=made(True))
     sharding.refuse_replicated(lm.axes, jax.eval_shape(lm.init, jax.random.key(0)), mesh)
     tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
     if run.method.wrap:
@@ -191,7 +240,7 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     if run.init.hf:
         source = hf.open_folder(Path(run.init.hf).expanduser())
         hf.matched(source, of_layers(named(abstract.params)), model)
-    return Built(run, mesh, lm, tx, schedule, abstract, scorer)
+    return Built(run, mesh, lm, tx, schedule, abstract, scorer, found)
 
 
 def kept_apart(run: Run) -> DecoderConfig:
@@ -207,10 +256,41 @@ def remade(built: Built, model) -> Built:
     return build(run, model.vocabulary, list(built.mesh.devices.flat))
 
 
+def require_same_tokens(built: Built, tokenizer: Tokenizer) -> None:
+    """Raises `ValueError` if another model that the run reads means other text by the same ids."""
+    for name, found in built.stored.items():
+        theirs = load_tokenizer(found.tokenizer)
+        if not same_ids(tokenizer, theirs):
+            raise ValueError(
+                f"the {name} {found.folder} has another tokenizer than this run: there "
+                f"{theirs.vocabulary_size:,} tokens (hash {theirs.hash[:12]}), here "
+                f"{tokenizer.vocabulary_size:,} (hash {tokenizer.hash[:12]}), so its ids stand for "
+                f"other text; set --config.data.tokenizer={found.tokenizer} to train with that one"
+            )
+
+
+def _refuse_unlike(name, found, run, vocabulary):
+    """What the options of another model show without its tokenizer."""
+    places, rows = found.options.learned_positions, found.options.vocabulary
+    if 0 < places < run.data.length:
+        raise ValueError(
+            f"the {name} {found.folder} has a table of {places:,} positions, and rows are longer: "
+            f"config.data.length={run.data.length:,}; shorten the rows, or take another model"
+        )
+    if rows < vocabulary:
+        raise ValueError(
+            f"the {name} {found.folder} has {rows:,} rows in its embedding, and the vocabulary of "
+            f"this run is {vocabulary:,}: they have other tokenizers; set "
+            f"--config.data.tokenizer={found.tokenizer} to train with that one"
+        )
+
+
 def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     """Shapes and shardings of the state, without making it."""
+    ours = {name: e for name, e in run.method.extras.items() if not e.model}
+    method = dataclasses.replace(run.method, extras=ours)
     shapes = jax.eval_shape(
-        lambda key: init_state(params := lm.init(key), run.method, tx, lambda path: params),
+        lambda key: init_state(params := lm.init(key), method, tx, lambda path: params),
         jax.random.key(0),
     )
     whole = sharding.replicated(mesh)
@@ -220,9 +300,14 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
         name: params
         if extra.axes is None
         else sharding.param_shardings(extra.axes, shapes.extras[name], mesh)
-        for name, extra in run.method.extras.items()
+        for name, extra in ours.items()
     }
     rest = jax.tree.map(lambda _: whole, shapes)
     layout = rest._replace(params=params, opt_state=opt_state, extras=extras)
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
-    return jax.tree.map(place, shapes, layout)
+    state = jax.tree.map(place, shapes, layout)
+    models = {
+        name: sharding.abstract_params(lm.others[name], mesh)
+        for name in run.method.extras.keys() - ours.keys()
+    }
+    return state._replace(extras={**state.extras, **models})

@@ -271,6 +271,8 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
     _check_best(c)
+    data = _data(c.data, c.method, method.reads)
+    _check_routes(method, [source.name for source in data.sources])
     if method.select and method.reads != "rows":
         raise ValueError(
             f"config.method={c.method!r} selects rows of text, and its objective reads "
@@ -290,7 +292,7 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         workdir=Path(workdir).expanduser(),
         method=method,
         profile=_profile(c.profile, c.steps),
-        data=_data(c.data, c.method, method.reads),
+        data=data,
         config=flat,
         changed=_changed(flat),
         overridden=tuple(key for key in overrides if not _is_free(key)),
@@ -463,6 +465,15 @@ def _check_best(c):
             "config.checkpoint.keep_best compares checkpoints that were evaluated at their step: "
             f"set config.eval.every to a multiple of config.checkpoint.every={c.checkpoint.every}"
         )
+
+
+def _check_routes(method: Method, sources: list[str]):
+    """That the sources which a method names are in the mixture."""
+    for field, names in method.routes.items():
+        for name in set(names) - set(sources):
+            near = difflib.get_close_matches(name, sources, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sources)}"
+            raise ValueError(f"{field}_sources names {name!r}, which is no source; {hint}")
 
 
 def _at_least(least, **values):

@@ -16,6 +16,7 @@ A method with batches of another shape documents them in its own file.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,8 @@ class LM(NamedTuple):
     extend: Callable[..., tuple[jax.Array, Any]] | None = None
     """(params, batch, cache) -> hidden_BLD, cache: of the L tokens that come next in each row,
     which have to fit into the cache. Both read tokens, segments (0 = padding) and positions."""
+    others: Mapping[str, "LM"] = MappingProxyType({})
+    """Models of another shape (`Extra.model`, `Column.model`) by the extra's or column's name."""
 
 
 class Aux(NamedTuple):
@@ -82,11 +85,31 @@ class Extra:
     `init(params, load) -> pytree` runs once, at the start of a run; `load(path)` reads the params
     of a finished run, already sharded like the params. `axes` are its logical axes; None = those
     of the params. With `evaluate`, evaluation scores it too, as another set of params.
+
+    `model` names a folder that holds a model of any shape: `load` then gives its params, by their
+    own axes, and `LM.others` has the model under the extra's name. Make one with `params_of`.
     """
 
     init: Callable[[Params, Callable[[str], Params]], Any]
     axes: Any = None
     evaluate: bool = False
+    model: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """Fields of the batch that a frozen model gives once for each record, before training.
+
+    `fn(lm, params, batch) -> {field: [B, ...]}`, one entry a row of the batch, kept on disk and
+    joined to batches by (source, index). `about` names all that they depend on besides model and
+    data. `model`: its folder, as in `Extra`; "" = the params that the run starts from, as they were
+    then. What would take more than `limit_gb` on disk is refused.
+    """
+
+    fn: Callable[[LM, Params, Batch], dict[str, jax.Array]]
+    about: str
+    model: str = ""
+    limit_gb: float = 100.0
 
 
 class Between(NamedTuple):
@@ -99,7 +122,7 @@ class Between(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Five optional parts; see the module docstring for when each is called."""
+    """Optional parts; see the module docstring for when each is called."""
 
     objective: Objective | None = None
     separable: bool = True  # the loss is a sum over rows, so micro-batches may be summed
@@ -109,6 +132,9 @@ class Method:
     wrap: Wrap | None = None  # optimizer -> optimizer
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
     between: tuple[Between, ...] = ()
+    routes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Field of the batch, [B] float32 -> the sources whose rows have 1 there; others have 0."""
+    columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
 
 
 def compose(*parts: Method) -> Method:
@@ -126,13 +152,23 @@ def compose(*parts: Method) -> Method:
             )
         return found[0] if found else None
 
-    extras: dict[str, Extra] = {}
-    for part in parts:
-        if clash := extras.keys() & part.extras.keys():
-            raise ValueError(f"the extras {sorted(clash)} are defined by more than one method")
-        extras |= part.extras
+    def merged(field):
+        found = {}
+        for part in parts:
+            if clash := found.keys() & getattr(part, field).keys():
+                raise ValueError(f"the {field} {sorted(clash)} are defined by more than one method")
+            found |= getattr(part, field)
+        return found
+
+    extras, columns = merged("extras"), merged("columns")
     between = tuple(b for part in parts for b in part.between)
-    if unknown := {name for b in between for name in b.writes} - extras.keys():
+    written = {name for b in between for name in b.writes}
+    if still := sorted(written & columns.keys()):
+        raise ValueError(
+            f"{still} is written between steps, but was computed once, before training: it would "
+            "never move; let the method read it live"
+        )
+    if unknown := written - extras.keys():
         raise ValueError(
             f"{sorted(unknown)} is written between steps but no composed method defines it"
         )
@@ -152,6 +188,8 @@ def compose(*parts: Method) -> Method:
         wrap=wrap if wraps else None,
         extras=extras,
         between=between,
+        routes=merged("routes"),
+        columns=columns,
     )
 
 
@@ -159,3 +197,8 @@ def copy_of_params(params: Params, load: Callable[[str], Params]) -> Params:
     """`Extra.init` of an extra that starts as the params, copied since the step donates them."""
     del load
     return jax.tree.map(jnp.copy, params)
+
+
+def params_of(model: str) -> Extra:
+    """The extra that is another model: a run's work folder, a converted or Hugging Face folder."""
+    return Extra(lambda params, load: load(model), model=model)

@@ -29,8 +29,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm import config as configs
-from jaxlm import params
+from jaxlm import params, stored
 from jaxlm.checkpoint import find, storage
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import export, folder, kept
@@ -76,7 +75,7 @@ def to_hf(
     """One of our folders as a Hugging Face folder. Raises `ValueError` for whatever is wrong."""
     place, _ = find(source, step=step, say=say)
     shapes = params.saved_shapes(place)
-    model = _model(source, shapes)
+    model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
 
     def load(names):
@@ -89,7 +88,7 @@ def to_hf(
         )
         if (source / "tokenizer").is_dir():
             tokenizers.copy(source / "tokenizer", half)
-            if (source / "run.json").is_file() and (half / "tokenizer.json").is_file():
+            if stored.is_run(source) and (half / "tokenizer.json").is_file():
                 tokenizers.begin_with_bos(half)
         config = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "auto_map")}
         config["dtype"] = dtype or str(next(iter(shapes.values())).dtype)
@@ -98,25 +97,18 @@ def to_hf(
             _write_json(half / "generation_config.json", model.generation)
 
 
-def _model(source: Path, shapes: params.Shapes) -> Kept:
+def _model(source: Path) -> Kept:
     """Options and config.json of a model folder or of a run."""
     if found := kept.read(source):
         return found
-    try:
-        saved = json.loads((source / "run.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{source} is neither a folder that from-hf made nor the work folder of a run: it has "
-            "no readable model.json or run.json"
-        ) from None
-    run = configs.from_saved(configs.flatten(saved["config"]))
-    vocabulary = shapes["embed/table"].shape[0]
-    options = dataclasses.replace(run.model, vocabulary=vocabulary)
-    tokenizer = tokenizers.load(source / "tokenizer")
+    found = stored.look(source)
+    if not found.run:
+        raise ValueError(f"{source} is a Hugging Face folder already")
+    tokenizer = tokenizers.load(found.tokenizer)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    length = {"max_position_embeddings": run.data.length}
-    config = length | export.family_of(options).config(whole(options)) | ids
-    return Kept(options, config, ids)
+    length = {"max_position_embeddings": found.length}
+    config = length | export.family_of(found.options).config(whole(found.options)) | ids
+    return Kept(found.options, config, ids)
 
 
 def _shapes(options: DecoderConfig):

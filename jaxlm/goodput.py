@@ -22,7 +22,7 @@ PARTS = {  # part -> kinds of events
     "compiling": ("compile",),
     "evaluation": ("evaluate", "sample", "compressors"),
     "checkpoints": ("checkpoint", "restore"),
-    "start-up": ("setup", "data"),
+    "start-up": ("setup", "data", "columns"),
     OTHER: (),  # what has no part, and what no event accounts for
     DOWN: (),
 }

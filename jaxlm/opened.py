@@ -9,27 +9,25 @@ folder, whose tensors go onto the devices one by one.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import config as configs
-from jaxlm import sharding
+from jaxlm import sharding, stored
 from jaxlm.build import build
+from jaxlm.config import Run
 from jaxlm.contract import LM
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.hf import folder as hf
 from jaxlm.hf import kept
-from jaxlm.hf.load import load as load_hf
 from jaxlm.host import cluster
 from jaxlm.models.options import DecoderConfig
 from jaxlm.models.transformer import decoder
-from jaxlm.params import load as load_params
 from jaxlm.sharding import MeshSpec
+from jaxlm.stored import Stored
 
 
 class Opened(NamedTuple):
@@ -59,63 +57,47 @@ def open_model(
     where several processes run together, all. `say` is called with a sentence about each checkpoint
     that is skipped. Raises `ValueError` for people.
     """
-    folder = Path(path).expanduser()
     if devices is None:
         devices = jax.devices() if cluster.several() else jax.devices()[:1]
-    spec = mesh or MeshSpec()
-    if (folder / "run.json").is_file() or not (hf.is_one(folder) or kept.read(folder)):
-        return _run(folder, step, spec, devices, say)
-    if found := kept.read(folder):
-        load = lambda abstract: load_params(folder, abstract, step=step, say=say)
-        where = folder / "tokenizer"
-        return _model(found.options, found.length, load, where, found.generation, spec, devices)
-    if step is not None:
-        raise ValueError(
-            f"--step={step}: {folder} is a Hugging Face folder, which holds one model and no steps"
-        )
-    source = hf.open_folder(folder)
-    for note in source.notes:
-        say(f"Note: {note}.")
-    load = lambda abstract: load_hf(source, abstract, source.options)
-    model, length = source.options, kept.length(source.config)
-    return _model(model, length, load, folder, kept.generation(folder), spec, devices)
+    spec, found = mesh or MeshSpec(), stored.look(path)
+    if found.run:
+        return _run(found, found.run, step, spec, devices, say)
+    if found.source:
+        if step is not None:
+            raise ValueError(
+                f"--step={step}: {found.folder} is a Hugging Face folder, which holds one model "
+                "and no steps"
+            )
+        for note in found.source.notes:
+            say(f"Note: {note}.")
+    return _model(found, step, spec, devices, say)
 
 
-def _model(model, length, load, folder, generation, spec, devices):
-    """Of options and a function from the params' shapes and layout to the params."""
-    tokenizer = tokenizers.load(folder)
-    hf.require_rows(tokenizer, model.vocabulary, folder)
-    length = min(length, model.learned_positions or length)  # beyond, there is no row to look up
+def _model(found: Stored, step, spec, devices, say):
+    """Of options alone."""
+    model = found.options
+    tokenizer = tokenizers.load(found.tokenizer)
+    hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
+    # Beyond a table of positions there is no row to look up.
+    length = min(found.length, model.learned_positions or found.length)
     with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
         lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
-        shapes = jax.eval_shape(lm.init, jax.random.key(0))
-        where = sharding.param_shardings(lm.axes, shapes, mesh)
-        place = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-        params = load(jax.tree.map(place, shapes, where))
-    ends = frozenset({tokenizer.eos, *kept.ends(generation)})
-    return Opened(lm, params, tokenizer, model, mesh, length, folder.absolute(), ends)
+        params = found.load(sharding.abstract_params(lm, mesh), step=step, say=say)
+    ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
+    where = found.tokenizer.absolute()
+    return Opened(lm, params, tokenizer, model, mesh, length, where, ends)
 
 
-def _run(workdir, step, spec, devices, say):
+def _run(found: Stored, run: Run, step, spec, devices, say):
     """Of the work folder of a run."""
-    if not workdir.is_dir():
-        raise ValueError(f"there is no folder {workdir}, which is to hold the model")
-    try:
-        saved = json.loads((workdir / "run.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{workdir} holds no model: neither the run.json of a run, nor what jaxlm.convert "
-            "makes (model.json), nor a Hugging Face model (config.json)"
-        ) from None
-    run = configs.from_saved(configs.flatten(saved["config"]))
-    folder = workdir / "tokenizer"
-    tokenizer = tokenizers.load(folder)
+    tokenizer = tokenizers.load(found.tokenizer)
     ways = sharding.rows_divide_by(mesh := sharding.make_mesh(spec, devices))
-    run = dataclasses.replace(run, mesh=spec, batch=ways, accumulate=1)
+    alone = {name: e for name, e in run.method.extras.items() if not e.model}  # teachers stay away
+    method = dataclasses.replace(run.method, extras=alone, columns={})
+    run = dataclasses.replace(run, mesh=spec, batch=ways, accumulate=1, method=method)
     with jax.set_mesh(mesh):
         built = build(run, tokenizer.vocabulary_size, devices)
-        params = load_params(workdir, built.abstract.params, step=step, say=say)
-    began = kept.read(workdir)  # if it was with a Hugging Face model
-    ends = frozenset({tokenizer.eos, *kept.ends(began.generation if began else {})})
-    length, where = run.data.length, folder.absolute()
-    return Opened(built.scorer, params, tokenizer, built.apart, mesh, length, where, ends)
+        params = found.load(built.abstract.params, step=step, say=say)
+    ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
+    where = found.tokenizer.absolute()
+    return Opened(built.scorer, params, tokenizer, built.apart, mesh, found.length, where, ends)

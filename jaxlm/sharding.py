@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.contract import LM
+
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 LOGICAL = {
@@ -101,6 +103,13 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 
     one = lambda names, leaf: NamedSharding(mesh, fitting_spec(names, leaf.shape, mesh))
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def abstract_params(lm: LM, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a model's params, without making them."""
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, shapes, param_shardings(lm.axes, shapes, mesh))
 
 
 def fitting_spec(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

@@ -53,6 +53,15 @@ def sees(place: Path) -> list[bool]:
     return seen
 
 
+def writers(cache: Path) -> list[bool]:
+    """For each process whether it writes to its cache: one for each cache that there is."""
+    if not cluster.several():
+        return [True]
+    hosts, seen = cluster.share(socket.gethostname()), sees(cache)
+    first = [hosts.index(host) == i for i, host in enumerate(hosts)]
+    return [i == 0 or (alone and not seen[i]) for i, alone in enumerate(first)]
+
+
 def require_one_workdir(run: Run) -> None:
     """Raises `ValueError` if the processes do not all see the same work folder."""
     if not cluster.several():
@@ -74,9 +83,8 @@ def prepare_data(run: Run, cache: Path, progress: Progress) -> Prepared:
     """
     if not cluster.several():
         return prepare(run.data, cache, progress=progress)
-    me, hosts = cluster.process(), cluster.share(socket.gethostname())
-    alone = not sees(cache)[me] and hosts.index(hosts[me]) == me
-    prepared = prepare(run.data, cache, progress=progress) if me == 0 or alone else None
+    hosts, builds = cluster.share(socket.gethostname()), writers(cache)[cluster.process()]
+    prepared = prepare(run.data, cache, progress=progress) if builds else None
     progress(0, 0, "waiting for the processes that prepare the data")
     cluster.share()
     prepared = prepared or prepare(run.data, cache, progress=progress)

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import commandline, folder, report, sharding, summary, tasks, together
-from jaxlm.build import Built, build
+from jaxlm import columns, commandline, folder, report, sharding, summary, tasks, together
+from jaxlm.build import Built, build, require_same_tokens
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
 from jaxlm.contract import TrainState
 from jaxlm.data.batches import batches
 from jaxlm.data.mix import parse_stages
 from jaxlm.data.prepare import Prepared
+from jaxlm.fingerprint import fingerprint
 from jaxlm.flops import count_flops, peak_flops
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
@@ -74,6 +75,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
 
     with jax.set_mesh(mesh):
         built = build(run, prepared.tokenizer.vocabulary_size)
+        require_same_tokens(built, prepared.tokenizer)
         with clock("compile"):
             require_right(built.apart, mesh)
         if dry_run:
@@ -102,7 +104,8 @@ def _train(
         observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
-        rows = feed(run, prepared, start if start < run.steps else 0, built.rows_here())
+        beside = _beside(built, prepared, console, clock, checkpoints, None if start else state)
+        rows = feed(run, prepared, start if start < run.steps else 0, built.rows_here(), beside)
         with clock("compile"):
             batch = built.put(next(rows))
             traced = step_fn.trace(state, batch, key)
@@ -203,10 +206,11 @@ def _train(
     return 0
 
 
-def feed(run: Run, prepared: Prepared, step: int, mine=None):
+def feed(run: Run, prepared: Prepared, step: int, mine=None, beside=None):
     """Batches from the place in the data where a run stands after that many steps: one integer.
 
-    `mine`: the rows of each that this process needs; None = all.
+    `mine`: the rows of each that this process needs; None = all. `beside`: gives a batch its routes
+    and columns.
     """
     weights = {source.name: source.weight for source in prepared.sources}
     return batches(
@@ -217,7 +221,31 @@ def feed(run: Run, prepared: Prepared, step: int, mine=None):
         stages=parse_stages(run.data.stages, weights, run.steps * run.rows),
         attend_across_documents=run.data.attend_across_documents,
         mine=mine,
+        beside=beside,
     )
+
+
+def _beside(built, prepared, console, clock, checkpoints, state):
+    """What gives a batch its routes and columns; computes what is not in the cache.
+
+    `state`: the first one, or None where a run is continued.
+    """
+    routed = columns.routed(built, prepared)
+    if not built.run.method.columns:
+        return routed if built.run.method.routes else None
+    cache = process.cache_dir() / "data"
+    with clock("columns"):
+        found = columns.ready(
+            built,
+            prepared,
+            checkpoints,
+            state and state.params,
+            cache=cache,
+            writers=together.writers(cache),
+            say=console.say,
+            progress=_ticker(console),
+        )
+    return columns.joined(routed, found)
 
 
 def save(built: Built, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, figures):
@@ -236,10 +264,12 @@ def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints)
     """The state to go on from and its step: of the newest good checkpoint, else a first state.
 
     Extras that no `between` writes are saved once, at the start, and restored from there: made
-    anew from restored params they would silently move a frozen reference.
+    anew from restored params they would silently move a frozen reference. Models that lie in
+    folders of their own are opened again, and must hold what they held.
     """
     latest = checkpoints.latest()
     frozen = set(built.run.method.extras) - written_extras(built.run.method)
+    frozen -= built.stored.keys()  # these lie on disk already
     if latest is None and (lost := cluster.broadcast(checkpoints.completed())):
         raise ValueError(
             f"none of the checkpoints in {checkpoints.directory} can be used (steps {lost}; the "
@@ -249,6 +279,8 @@ def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints)
         state = built.first_state()
         for name in sorted(frozen):
             checkpoints.save_once(name, state.extras[name])
+        prints = {name: fingerprint(state.extras[name]) for name in _models(built)}
+        checkpoints.note_once({"fingerprints": prints})
         return state, 0
     about = checkpoints.about(latest)
     if about["data"] != prepared.hash:
@@ -261,9 +293,29 @@ def restore_or_start(built: Built, prepared: Prepared, checkpoints: Checkpoints)
     extras = items.get("extras", {}) | {
         name: checkpoints.restore_once(name, built.abstract.extras[name]) for name in frozen
     }
+    extras |= _opened_again(built, checkpoints.noted_once().get("fingerprints", {}))
     loop = items["loop"]
     state = TrainState(loop["step"], items["params"], items["opt_state"], extras, loop["guard"])
     return state, latest
+
+
+def _models(built):
+    """Extras that are models of their own, with where they lie."""
+    return {k: v for k, v in built.stored.items() if k in built.run.method.extras}
+
+
+def _opened_again(built, known):
+    """The models on disk that a run reads; refused if one has changed since the run started."""
+    opened = {}
+    for name, found in _models(built).items():
+        opened[name] = built.load_other(name)
+        if fingerprint(opened[name]) != known.get(name):
+            raise ValueError(
+                f"the {name} {found.folder} is not the model that this run started with: its "
+                "params have changed since (a run that was trained on?); put the old ones back, or "
+                "start again in another --config.workdir"
+            )
+    return opened
 
 
 def _items(built, state):

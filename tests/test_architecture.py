@@ -20,7 +20,7 @@ TOP = {
         "folder",
     ),
     *("observe", "summary", "report", "methods", "models", "optim", "data", "evals", "generate"),
-    *("goodput", "profile", "hf", "params"),
+    *("goodput", "profile", "hf", "params", "stored", "fingerprint"),
 }
 # room -> the rooms it may import from, itself included
 MAY_IMPORT = {
@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "checkpoint": {"checkpoint", "contract", "host"},
     "params": {"checkpoint", "contract", "host"},
     "hf": {"hf", "params", "models", "checkpoint", "contract"},
+    "stored": {"config", "data", "hf", "models", "params"},
+    "fingerprint": {"checkpoint"},
     "metrics": {"contract"},
     "chips": set(),
     "flops": {"contract", "chips"},
@@ -47,10 +49,10 @@ MAY_IMPORT = {
     "config": {"contract", "sharding", "methods", "models", "optim", "data", "hf"},
     "build": {
         *("chips", "config", "contract", "sharding", "checkpoint", "params", "hf", "models"),
-        *("optim", "step", "flops"),
+        *("optim", "step", "flops", "stored", "data.tokenizer"),
     },
     "opened": {
-        *("build", "config", "contract", "data", "hf", "host", "models", "params", "sharding"),
+        *("build", "config", "contract", "data", "hf", "host", "models", "sharding", "stored"),
     },
     "journal": {"host", "metrics"},
     "folder": {"config", "checkpoint", "models", "host", "data", "hf"},
@@ -58,7 +60,8 @@ MAY_IMPORT = {
     "tasks": {"build", "config", "evals"},
     "observe": BASE | TOP | {"tasks"},
     "summary": BASE | TOP,
-    "train": BASE | TOP | {"tasks", "together"},
+    "columns": {"build", "checkpoint", "data", "fingerprint", "host", "sharding"},
+    "train": BASE | TOP | {"columns", "tasks", "together"},
     "convert": BASE | TOP,
     "plan": BASE | TOP | {"plan", "chips"},
     "generate.__main__": BASE | TOP | {"opened"},

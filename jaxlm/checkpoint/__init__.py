@@ -14,6 +14,7 @@ is done to whole folders process 0 does alone, and all agree on which checkpoint
 the same functions in the same order.
 """
 
+import json
 import math
 import pathlib
 import shutil
@@ -202,6 +203,21 @@ class Checkpoints:
                 f"{error}. It was saved when the run started and cannot be rebuilt from a later "
                 "step: put back a copy of that folder, or start again in another workdir"
             ) from None
+
+    def note_once(self, facts: Mapping[str, Any]) -> None:
+        """Keeps facts that belong to the start of the run, for `noted_once`."""
+        if cluster.process() == 0:
+            path = self.directory / "once" / "facts.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digests.write_atomically(path, json.dumps(dict(facts), indent=1))
+        cluster.share()
+
+    def noted_once(self) -> dict[str, Any]:
+        """What `note_once` kept; {} if there is nothing."""
+        try:
+            return json.loads((self.directory / "once" / "facts.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def _problem(self, step, process=0, processes=1):
         try:

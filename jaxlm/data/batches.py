@@ -8,7 +8,7 @@ length.
 
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -90,6 +90,17 @@ class Gather:
         }
 
 
+def in_order(
+    prepared: Prepared, source: int, rows: int, attend_across_documents: bool = False
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(first record, batch) for every record of a source once; the last one fills its batch up."""
+    found = prepared.sources[source]
+    gather = Gather([found], attend_across_documents)
+    for first in range(0, found.rows, rows):
+        numbers = np.minimum(np.arange(first, first + rows), found.rows - 1)
+        yield first, gather(numbers.tolist()) | {"source": np.full(rows, source, np.int32)}
+
+
 def _shuffled(source: PreparedSource, first: int, seed: int) -> grain.MapDataset:
     """The numbers of a source's rows, another permutation each epoch, whatever else is mixed."""
     own_seed = (seed + zlib.crc32(source.name.encode())) % 2**32
@@ -105,6 +116,7 @@ def batches(
     stages: Sequence[mix.Stage] = (),
     attend_across_documents: bool = False,
     mine: Sequence[int] | None = None,
+    beside: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
     threads: int = 1,
     prefetch: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -112,8 +124,8 @@ def batches(
 
     `rows` is the global batch, `mine` the numbers of its rows to give; None = all. After n batches
     the position is `position + n * rows`, whatever the number of hosts; nothing else has to be
-    stored. `stages` come from `mix.parse_stages`, empty = the weights of the sources. A thread
-    prepares up to `prefetch` batches ahead; 0 threads = none.
+    stored. `stages` come from `mix.parse_stages`, empty = the weights of the sources. `beside`
+    gives a batch more fields. A thread prepares up to `prefetch` batches ahead; 0 threads = none.
     """
     mine = range(rows) if mine is None else [int(row) for row in mine]
     if not mine or min(mine) < 0 or max(mine) >= rows:
@@ -127,6 +139,8 @@ def batches(
     mixed = grain.MapDataset.select_from_datasets(shuffled, chosen)
     gather = Gather(prepared.sources, attend_across_documents)
     batched = mixed.batch(len(mine), batch_fn=gather)
+    if beside:
+        batched = batched.map(lambda batch: batch | beside(batch))
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
     )

@@ -32,6 +32,7 @@ from jaxlm.evaluate import answers, compress, write
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.opened import open_model
+from jaxlm.stored import is_run
 
 
 def main() -> int:
@@ -147,7 +148,7 @@ def _opened(flags, console) -> Model:
             flags.checkpoint, step=flags.step, devices=jax.devices(), say=console.warn
         )
         # Training puts a bos before each document, whatever the tokenizer does by itself.
-        bos = {"on": True, "off": False}.get(flags.bos, True if _is_run(flags.checkpoint) else None)
+        bos = {"on": True, "off": False}.get(flags.bos, True if is_run(flags.checkpoint) else None)
         return Model(
             opened.lm,
             opened.params,
@@ -168,16 +169,11 @@ def _keep(flags, console, put):
     checkpoint = Path(flags.checkpoint).expanduser()
     if flags.output:
         console.say(f"  results   {put(Path(flags.output).expanduser())}")
-    elif _is_run(flags.checkpoint):
+    elif is_run(flags.checkpoint):
         console.say(f"  results   {put(checkpoint / 'evaluations')}")
         console.say(f"  the page  {report.write(checkpoint)}")
     else:
         console.say("  --output=FOLDER keeps the results")
-
-
-def _is_run(checkpoint):
-    """Whether it is the work folder of a run."""
-    return (Path(checkpoint).expanduser() / "run.json").is_file()
 
 
 def _parameters(params):

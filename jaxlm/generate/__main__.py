@@ -31,6 +31,7 @@ from jaxlm.generate.prompts import Prompt
 from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
 from jaxlm.opened import open_model
+from jaxlm.stored import is_run
 
 SHOWN = 4  # tokens between two looks at the terminal
 PART = 256  # answers that are written together
@@ -50,7 +51,7 @@ def main() -> int:
     say = lambda text: print(text, file=sys.stderr) if here else None
     opened = open_model(flags.checkpoint, step=flags.step, say=say)
     tokenizer = opened.tokenizer
-    own = (Path(flags.checkpoint).expanduser() / "run.json").is_file()
+    own = is_run(flags.checkpoint)
     ids = read.encoded(prompts, tokenizer, opened.folder, behind_bos=own)
     if flags.keep_end:
         ids = [tokens[-opened.length :] for tokens in ids]

@@ -1,0 +1,87 @@
+"""What model a folder holds, told from its small files alone; and then its params.
+
+A folder is the work folder of a run, one that `jaxlm.convert` made, or a Hugging Face folder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm import config as configs
+from jaxlm.config import Run
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.hf import folder as hf
+from jaxlm.hf import kept
+from jaxlm.hf.load import load as load_hf
+from jaxlm.models.options import DecoderConfig
+from jaxlm.params import load as load_params
+
+
+class Stored(NamedTuple):
+    """A model that lies on disk."""
+
+    folder: Path
+    options: DecoderConfig  # as the folder names it; its vocabulary is known
+    length: int  # tokens of context that it was trained with
+    tokenizer: Path  # folder of the tokenizer
+    generation: dict[str, Any]  # generation_config.json; {} = none
+    run: Run | None = None  # that made it
+    source: hf.Source | None = None  # of a Hugging Face folder
+
+    def load(
+        self,
+        abstract: Any,
+        *,
+        step: int | None = None,
+        how: str = "full",
+        say: Callable[[str], None] = print,
+    ) -> Any:
+        """The params as a tree like `abstract`: its shapes, dtypes and shardings."""
+        if self.source:
+            return load_hf(self.source, abstract, self.options)
+        return load_params(self.folder, abstract, step=step, how=how, say=say)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether that is the work folder of a run, whatever else lies there."""
+    return (Path(folder).expanduser() / "run.json").is_file()
+
+
+def look(path: str | Path) -> Stored:
+    """The model of a folder. Raises `ValueError` if there is none, or none that we can be."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}, which is to hold the model")
+    if is_run(folder):
+        return _of_run(folder)
+    if found := kept.read(folder):
+        length, where = found.length, folder / "tokenizer"
+        return Stored(folder, found.options, length, where, found.generation)
+    if hf.is_one(folder):
+        source = hf.open_folder(folder)
+        length, generation = kept.length(source.config), kept.generation(folder)
+        return Stored(folder, source.options, length, folder, generation, source=source)
+    raise ValueError(
+        f"{folder} holds no model: neither the run.json of a run, nor what jaxlm.convert "
+        "makes (model.json), nor a Hugging Face model (config.json)"
+    )
+
+
+def _of_run(folder):
+    try:
+        saved = json.loads((folder / "run.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder}/run.json cannot be read as what a run writes of itself"
+        ) from None
+    run = configs.from_saved(configs.flatten(saved))
+    began = kept.read(folder)  # if it was with a Hugging Face model
+    where = folder / "tokenizer"
+    options = run.model
+    if not options.vocabulary:
+        size = tokenizers.load(where).vocabulary_size
+        options = dataclasses.replace(options, vocabulary=size)
+    generation = began.generation if began else {}
+    return Stored(folder, options, run.data.length, where, generation, run)
