@@ -23,6 +23,7 @@ import toy
 
 from jaxlm import optim
 from jaxlm.contract import Method, compose
+from jaxlm.methods.distill import distill
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.ema import ema
 from jaxlm.methods.follow import follow
@@ -53,6 +54,17 @@ class Entry:
         return compose(*(make() for make in self.parts))
 
 
+TEACHERS = {"teacher": toy.toy(D=24, layers=1), "expert": toy.toy(D=8)}  # folder -> model
+
+
+def by_source(rows, **options):
+    """Rows of which those of source 1 are the expert's."""
+    found = toy.batch(rows, **options)
+    return found | {"expert": (found["source"] == 1).astype(jnp.float32)}
+
+
+taught = functools.partial(distill, teacher="teacher", temperature=2.0, weight=0.5)
+aligned = functools.partial(distill, teacher="teacher", expert="expert", expert_sources="code")
 half = functools.partial(learnability, filter_ratio=0.5, reference="a finished run")
 often = functools.partial(follow, every=2, alpha=0.6)
 
@@ -65,6 +77,8 @@ ENTRIES = {
     "kto + follow": Entry((kto, often), toy.feedback),
     "orpo": Entry((orpo,), toy.pairs),
     "simpo": Entry((simpo,), toy.pairs),
+    "distill": Entry((taught,)),
+    "distill to an expert": Entry((functools.partial(aligned, divergence="reverse"),), by_source),
     "next_token + migu": Entry((next_token, migu)),
     "next_token + learnability": Entry((next_token, half)),
     "dpo + follow + migu": Entry((dpo, often, migu), toy.pairs),
@@ -96,6 +110,11 @@ def first_params(name, seed):
     return jax.jit(model(name, False).init)(jax.random.key(seed))
 
 
+@functools.cache
+def first_params_of(teacher):
+    return jax.jit(TEACHERS[teacher].init)(jax.random.key(3))
+
+
 def stacked(name, params):
     return toy.stack(params) if name == "toy" else stack_layers(params)
 
@@ -112,13 +131,13 @@ class Training:
 
     def __init__(self, name, scan=False, accumulate=1, sharded=False):
         self.entry, self.scan = ENTRIES[name], scan
-        self.lm = lm = model(self.entry.model, scan)
+        self.lm = lm = model(self.entry.model, scan)._replace(others=TEACHERS)
         self.method = method = self.entry.method
         spec = optim.OptimizerSpec(name=self.entry.optimizer, learning_rate=1e-3)
         self.tx, _ = optim.build(spec, 10, lm.axes)
         self.tx = method.wrap(self.tx) if method.wrap else self.tx
         self.mesh = make_mesh(MeshSpec(fsdp=4, tensor=2)) if sharded else None
-        load = lambda path: self.params(7)
+        load = lambda path: first_params_of(path) if path in TEACHERS else self.params(7)
         first = init_state(self.params(0), method, self.tx, load)
         # Away from a reference that starts as the params: at equality rounding decides a margin's
         # sign, and so DPO's accuracy.
@@ -149,10 +168,9 @@ class Training:
     def _shardings(self, state):
         whole = jax.NamedSharding(self.mesh, jax.P())
         of = lambda axes, shapes: param_shardings(axes, shapes, self.mesh)
-        axes = {
-            name: self.lm.axes if extra.axes is None else extra.axes
-            for name, extra in self.method.extras.items()
-        }
+        extras = self.method.extras
+        like = {name: TEACHERS[e.model] if e.model else self.lm for name, e in extras.items()}
+        axes = {name: like[name].axes if e.axes is None else e.axes for name, e in extras.items()}
         return state._replace(
             step=whole,
             params=of(self.lm.axes, state.params),
@@ -174,8 +192,10 @@ def outcome(name, **variant):
 
 
 def _plain(of, state):
+    teachers = {name for name, extra in of.method.extras.items() if extra.model}
     like_params = lambda tree: isinstance(tree, dict) and "blocks" in tree
-    trees = {"params": state.params, **state.extras}
+    kept = {name: tree for name, tree in state.extras.items() if name not in teachers}
+    trees = {"params": state.params, **kept}
     if of.scan:
         back = functools.partial(unstacked, of.entry.model)
         trees = {name: back(tree) if like_params(tree) else tree for name, tree in trees.items()}
@@ -268,7 +288,10 @@ def test_no_type_is_promoted_silently(name):
         )
 
 
-@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if "reference" in e.method.extras])
+FROZEN = [n for n, e in ENTRIES.items() if {"reference", "teacher"} & e.method.extras.keys()]
+
+
+@pytest.mark.parametrize("name", FROZEN)
 def test_extras_get_no_gradient(name):
     of = training(name)
     state, rows = of.start(), of.batches()[0]

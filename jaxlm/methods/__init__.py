@@ -13,7 +13,18 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from jaxlm.contract import Method
-from jaxlm.methods import dpo, ema, follow, kto, learnability, migu, next_token, orpo, simpo
+from jaxlm.methods import (
+    distill,
+    dpo,
+    ema,
+    follow,
+    kto,
+    learnability,
+    migu,
+    next_token,
+    orpo,
+    simpo,
+)
 
 METHODS: dict[str, Callable[..., Method]] = {
     "next_token": next_token.next_token,
@@ -21,6 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "kto": kto.kto,
     "orpo": orpo.orpo,
     "simpo": simpo.simpo,
+    "distill": distill.distill,
     "follow": follow.follow,
     "migu": migu.migu,
     "learnability": learnability.learnability,

@@ -5,14 +5,15 @@ B rows, L positions, D width, V vocabulary; N chunks of C positions of every row
 A chunk takes every N-th position, not a run of them: an array whose rows or positions are split
 over devices stays split that way, and making the chunks moves no data between devices.
 
-`summed_nll` goes further than rematerialisation: when differentiated it takes the gradient of each
+`summed` goes further than rematerialisation: when differentiated it takes the gradient of each
 chunk while the chunk's logits exist, so these are computed once and not twice. That gradient can
 not be differentiated again; `token_logprobs` has no such limit.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +56,67 @@ def summed_nll(
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Sum over tokens of -weight * log p(target) in nats, [] float32; then taps and penalties."""
     hidden_BLD, taps, penalties = lm.hidden(params, batch, key)
-    chunks = _number_of_chunks(lm.chunk, hidden_BLD.shape)
-    hidden_NBCD, targets_NBC, weights_NBC = (
-        _split(x, chunks) for x in (hidden_BLD, batch["targets"], batch["weights"])
-    )
-    parts = _parts(targets_NBC.shape)
-    unembed, head = _unembed(lm, params, hidden_NBCD, parts)
-    xs = (_cut(parts, x) for x in (hidden_NBCD, weights_NBC, targets_NBC))
+
+    def nll(logits_BCV, weights_BC, targets_BC):
+        return -jnp.sum(weights_BC * logprobs(logits_BCV, targets_BC)), {}
+
+    seen = Seen(lm, params, hidden_BLD)
+    loss, _ = summed(nll, seen, (), (batch["weights"],), (batch["targets"],))
+    return loss, taps, penalties
+
+
+class Seen(NamedTuple):
+    """A model that has read a batch, and is to say what it predicts."""
+
+    lm: LM
+    params: Params
+    hidden_BLD: jax.Array
+
+
+def summed(
+    score: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    trained: Seen,
+    frozen: Sequence[Seen] = (),
+    floats: Sequence[jax.Array] = (),
+    fixed: Sequence[jax.Array] = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sums over tokens of a loss and of metrics made of logits, which exist chunk by chunk.
+
+    `score(logits of trained, *logits of frozen, *floats, *fixed) -> (loss [], {name: []})` of a
+    chunk: [B, C, V] and, cut from [B, L, ...] arrays, [B, C, ...]. The loss has a gradient in what
+    is trained and in the floats; the metrics have none, nor has anything in what is frozen or
+    fixed. A chunk has about `trained.lm.chunk` tokens of a device.
+    """
+    chunks = _number_of_chunks(trained.lm.chunk, trained.hidden_BLD.shape)
+    split = lambda arrays: [_split(x, chunks) for x in arrays]
+    hidden_NBCD, *given = split((trained.hidden_BLD, *floats))
+    theirs = split(jax.lax.stop_gradient(seen.hidden_BLD) for seen in frozen)
+    parts = _parts(hidden_NBCD.shape[:3])
+    unembed, head = _unembed(trained.lm, trained.params, hidden_NBCD, parts)
+    others = [
+        _unembed(seen.lm, jax.lax.stop_gradient(seen.params), x_NBCD, parts)
+        for seen, x_NBCD in zip(frozen, theirs, strict=True)
+    ]
+
+    def of_chunk(head, floats, heads, fixed):
+        hidden_BCD, *floats = floats
+        hiddens, fixed = fixed[: len(heads)], fixed[len(heads) :]
+        logits = [
+            of(x_BCD, *head) for (of, _), head, x_BCD in zip(others, heads, hiddens, strict=True)
+        ]
+        return score(unembed(hidden_BCD, *head), *logits, *floats, *fixed)
+
+    cut = lambda arrays: tuple(_cut(parts, x) for x in arrays)
+    heads = tuple(_for_each(parts, head) for _, head in others)
     with jax.named_scope("loss"):
-        nll: jax.Array = _summed_nll((unembed, parts), _for_each(parts, head), *xs)
-        return jnp.sum(nll), taps, penalties
+        sums = _summed(
+            (of_chunk, parts),
+            _for_each(parts, head),
+            cut((hidden_NBCD, *given)),
+            heads,
+            cut((*theirs, *split(fixed))),
+        )
+        return jax.tree.map(jnp.sum, sums)
 
 
 def logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
@@ -78,37 +130,49 @@ def logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_nll(static, head, hidden_NBCD, weights_NBC, targets_NBC):
-    """The sum, or that of each part."""
-    nll, parts = _nll(static)
-    add = lambda total, chunk: (total + nll(head, *chunk), None)
-    zero = jnp.zeros(parts, jnp.float32)
-    return jax.lax.scan(add, zero, (hidden_NBCD, weights_NBC, targets_NBC))[0]
+def _summed(static, head, floats_N, heads, fixed_N):
+    """(loss, metrics): each a sum, or that of each part."""
+    of_chunk, parts = static
+    each = _each(parts, of_chunk)
+    one = lambda chunk: each(head, chunk[0], heads, chunk[1])
+    return _added(one, (floats_N, fixed_N))
 
 
-def _forward(static, head, hidden_NBCD, weights_NBC, targets_NBC):
-    """The sum, and all gradients for a cotangent of one."""
-    nll, parts = _nll(static)
+def _added(one, chunks):
+    """`one` of every chunk, summed."""
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    add = lambda total, chunk: (jax.tree.map(jnp.add, total, one(chunk)), None)
+    return jax.lax.scan(add, zeros, chunks)[0]
+
+
+def _forward(static, head, floats_N, heads, fixed_N):
+    """The sums, and all gradients of the loss for a cotangent of one."""
+    of_chunk, parts = static
+    each = _each(parts, of_chunk)
 
     def add(carry, chunk):
         total, d_head = carry
-        hidden_BCD, weights_BC, targets_BC = chunk
+        floats, fixed = chunk
         # Parts do not touch each other, so the gradient of their sum is that of each.
-        of_floats = lambda head, hidden, weights: nll(head, hidden, weights, targets_BC)
-        value, pull = jax.vjp(of_floats, head, hidden_BCD, weights_BC)
-        d_here, *d_chunk = pull(jnp.ones(parts, jnp.float32))
-        return (total + value, jax.tree.map(jnp.add, d_head, d_here)), d_chunk
+        of_floats = lambda head, floats: each(head, floats, heads, fixed)
+        loss, pull, metrics = jax.vjp(of_floats, head, floats, has_aux=True)
+        d_here, d_floats = pull(jnp.ones(parts, jnp.float32))
+        return jax.tree.map(jnp.add, (total, d_head), ((loss, metrics), d_here)), d_floats
 
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), head)
-    carry = jnp.zeros(parts, jnp.float32), zeros
-    (total, d_head), d_chunks = jax.lax.scan(add, carry, (hidden_NBCD, weights_NBC, targets_NBC))
+    first = jax.tree.map(lambda x: x[0], (floats_N, fixed_N))
+    shapes = jax.eval_shape(lambda chunk: each(head, chunk[0], heads, chunk[1]), first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    carry = zeros, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), head)
+    (total, d_head), d_floats_N = jax.lax.scan(add, carry, (floats_N, fixed_N))
     d_head = jax.tree.map(lambda d, p: d.astype(p.dtype), d_head, head)
-    return total, (d_head, *d_chunks)
+    return total, (d_head, d_floats_N)
 
 
-def _backward(static, gradients, cotangent):
+def _backward(static, gradients, cotangents):
     del static
-    d_head, *d_chunks = gradients
+    d_head, d_floats_N = gradients
+    cotangent, _ = cotangents  # the metrics get no gradient
 
     def scaled(gradient, before):
         after = gradient.ndim - before - cotangent.ndim
@@ -116,20 +180,10 @@ def _backward(static, gradients, cotangent):
         return (gradient * by).astype(gradient.dtype)
 
     d_head = jax.tree.map(lambda g: scaled(g, 0), d_head)
-    return d_head, *(scaled(g, 1) for g in d_chunks), None  # targets are integers
+    return d_head, jax.tree.map(lambda g: scaled(g, 1), d_floats_N), None, None
 
 
-_summed_nll.defvjp(_forward, _backward)
-
-
-def _nll(static):
-    unembed, parts = static
-
-    def nll(head, hidden_BCD, weights_BC, targets_BC):
-        logprobs_BC = logprobs(unembed(hidden_BCD, *head), targets_BC)
-        return -jnp.sum(weights_BC * logprobs_BC)
-
-    return _each(parts, nll), parts
+_summed.defvjp(_forward, _backward)
 
 
 def _unembed(lm, params, hidden_NBCD, parts):

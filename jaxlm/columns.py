@@ -1,0 +1,203 @@
+"""What a batch has next to its records: routes by source, and columns that frozen models gave.
+
+A column is computed once, in one pass over the records of every source, and kept in the cache
+folder under a hash of all that it depends on: the params (`fingerprint`), the model's options, the
+records, the knobs, this code. What does not match is never read: it has another name. Each field is
+one .npy file a source, [records, ...], of which a batch reads its rows.
+"""
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import sharding
+from jaxlm.build import Built
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data.batches import in_order
+from jaxlm.data.cache import cached, check
+from jaxlm.data.documents import Progress
+from jaxlm.data.prepare import Prepared
+from jaxlm.fingerprint import fingerprint
+from jaxlm.host import cluster
+
+Fields = Mapping[str, np.ndarray]
+Beside = Callable[[Fields], dict[str, np.ndarray]]
+
+
+def routed(built: Built, prepared: Prepared) -> Beside:
+    """(batch) -> the fields of `Method.routes`."""
+    names = [source.name for source in prepared.sources]
+    ones = {
+        field: np.array([name in chosen for name in names], np.float32)
+        for field, chosen in built.run.method.routes.items()
+    }
+    return lambda batch: {field: one[batch["source"]] for field, one in ones.items()}
+
+
+def joined(*beside: Beside) -> Beside:
+    """The fields of all."""
+    return lambda batch: {k: v for one in beside for k, v in one(batch).items()}
+
+
+def ready(
+    built: Built,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    params: Any,
+    *,
+    cache: Path,
+    writers: Sequence[bool],
+    say: Callable[[str], None],
+    progress: Progress,
+) -> Beside:
+    """(batch) -> the fields of `Method.columns`, computed before unless they are in the cache.
+
+    `params`: those that the run starts from, or None where it is continued: then the columns are of
+    the models that it started with. `writers`: whether each process keeps them in a cache of its
+    own. Raises `ValueError` where that cannot be.
+    """
+    method, known = built.run.method, checkpoints.noted_once().get("fingerprints", {})
+    found = []
+    for name in method.columns:
+        get = lambda name=name: _params(built, name, params)
+        mine = get() if params is not None else None
+        known = known | ({name: fingerprint(mine)} if mine is not None else {})
+        if name not in known:
+            raise ValueError(
+                f"{checkpoints.directory} does not say which model {name!r} was computed with: it "
+                "was written before this method had it; start again in another --config.workdir"
+            )
+        folder = cache / "columns" / _key(built, prepared, name, known[name])
+        work = _Pass(built, prepared, name, folder, say, progress)
+        missing = cluster.share(writers[cluster.process()] and check(folder)[0] is None)
+        if any(missing):
+            work.refuse_size()
+            mine = get() if mine is None else mine
+            if fingerprint(mine) != known[name]:
+                raise ValueError(
+                    f"the cache no longer holds {name!r} ({folder}), and the model that this run "
+                    "started with cannot be made again: its folder, --config.init.* or the code "
+                    "has changed; put it back, or start again in another --config.workdir"
+                )
+            work.run(mine, writes=writers[cluster.process()])
+        del mine
+        found.append(work.reader())
+    if params is not None and method.columns:
+        checkpoints.note_once({"fingerprints": known})
+    return joined(*found)
+
+
+def _params(built, name, params):
+    """The params of a column's model."""
+    if name in built.stored:
+        return built.load_other(name)
+    return built.first_params() if params is None else params
+
+
+def _key(built, prepared, name, print_):
+    column = built.run.method.columns[name]
+    options = built.stored[name].options if name in built.stored else built.run.model
+    shapes = {k: (v.shape, str(v.dtype)) for k, v in built.column_fields(name).items()}
+    attend = built.run.data.attend_across_documents
+    parts = (print_, options, prepared.hash, attend, name, column.about, shapes, _code())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def _code():
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+class _Pass:
+    """One pass over all records of all sources with one model."""
+
+    def __init__(self, built: Built, prepared: Prepared, name: str, folder: Path, say, progress):
+        self.built, self.prepared, self.name, self.folder = built, prepared, name, folder
+        self.say, self.progress = say, progress
+        self.fields = built.column_fields(name)
+
+    def refuse_size(self) -> None:
+        """Tells what the column takes on disk. Raises `ValueError` if that is too much."""
+        each = sum(x.dtype.itemsize * x.size for x in self.fields.values())
+        size = each * sum(source.rows for source in self.prepared.sources)
+        limit = self.built.run.method.columns[self.name].limit_gb
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder.parent).free
+        text = f"{self.name!r} of every record takes {size / 1e9:.3g} GB in {self.folder.parent}"
+        if size > limit * 1e9:
+            raise ValueError(f"{text}, and its limit is {limit:g} GB; raise it, or keep less of it")
+        if size > 0.95 * free:
+            raise ValueError(
+                f"{text}, where {free / 1e9:.3g} GB are free; free some space, set XDG_CACHE_HOME "
+                "to a folder on another disk, or keep less of it"
+            )
+        self.say(f"  {text}")
+
+    def run(self, params, *, writes: bool) -> None:
+        """Computes every field. All processes take part; those that write keep it."""
+        batches = self._batches(params)
+        if writes:
+            cached(self.folder, self.name, lambda at: self._write(at, batches), self.progress)
+        for _ in batches:  # of others, or of one that another run has written meanwhile
+            pass
+
+    def _batches(self, params) -> Iterator[tuple[int, int, Fields]]:
+        """(source, first record, fields of the records from there on)."""
+        mesh, rows = self.built.mesh, self.built.run.batch
+        fn, _ = self.built.column(self.name)
+        program = jax.jit(fn, out_shardings=sharding.replicated(mesh))
+        attend = self.built.run.data.attend_across_documents
+        total, done = sum(source.rows for source in self.prepared.sources), 0
+        for number, source in enumerate(self.prepared.sources):
+            for first, batch in in_order(self.prepared, number, rows, attend):
+                fields = program(params, self.built.put_whole(batch))
+                count = min(rows, source.rows - first)
+                yield number, first, {k: np.asarray(v)[:count] for k, v in fields.items()}
+                done += count
+                self.progress(done, total, f"{self.name}: record {done:,} of {total:,}")
+
+    def _write(self, at: Path, batches) -> dict:
+        for number, of_source in itertools.groupby(batches, key=lambda found: found[0]):
+            rows = self.prepared.sources[number].rows
+            files = {
+                field: np.lib.format.open_memmap(
+                    at / _file(number, field), "w+", np.dtype(x.dtype), (rows, *x.shape)
+                )
+                for field, x in self.fields.items()
+            }
+            for _, first, fields in of_source:
+                for field, values in fields.items():
+                    files[field][first : first + len(values)] = values
+            for file in files.values():
+                file.flush()
+        return {"fields": sorted(self.fields), "sources": len(self.prepared.sources)}
+
+    def reader(self) -> Beside:
+        """(batch) -> the fields of its records."""
+        opened = {
+            (number, field): np.load(self.folder / _file(number, field), mmap_mode="r")
+            for number in range(len(self.prepared.sources))
+            for field in self.fields
+        }
+
+        def read(batch):
+            source_B, index_B = batch["source"], batch["index"]
+            found = {}
+            for field, like in self.fields.items():
+                out = np.empty((len(source_B), *like.shape), like.dtype)
+                for number in np.unique(source_B):
+                    at = source_B == number
+                    out[at] = opened[int(number), field][index_B[at]]
+                found[field] = out
+            return found
+
+        return read
+
+
+def _file(number, field):
+    return f"{number:03}-{field}.npy"
