@@ -89,12 +89,7 @@ ENTRIES = {
 every_entry = pytest.mark.parametrize("name", ENTRIES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """These programs run three times each: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @functools.cache
