@@ -9,6 +9,7 @@ one sentence that names the key, the value and the remedy (`ValueError`).
 import dataclasses
 import difflib
 import functools
+import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,10 +103,22 @@ class ExpectSpec:
     """What a recipe promises on the machine its docstring names; empty and 0 promise nothing."""
 
     bits_per_char: str = ""  # at most, by source, e.g. "code=1.30 prose=1.60"
+    others: str = ""  # figures of the last evaluation: "loss/chat<=0.5 dpo/accuracy/pairs>=0.9"
     minutes: float = 0.0  # of training, at most
 
     def __post_init__(self):
         self.figures()
+        self.bounds()
+
+    def bounds(self) -> list[tuple[str, str, float]]:
+        """(figure, "<=" or ">=", bound) of `others`."""
+        found = [re.split("(<=|>=)", part) for part in self.others.split()]
+        try:
+            return [(name, side, float(bound)) for name, side, bound in found]
+        except ValueError:
+            raise ValueError(
+                f"others={self.others!r} should look like 'loss/chat<=0.5 dpo/accuracy/pairs>=0.9'"
+            ) from None
 
     def figures(self) -> dict[str, float]:
         try:
@@ -270,8 +283,8 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         )
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     method, used = _method(c)
-    _check_best(c)
     data = _data(c.data, c.method, method.reads)
+    _check_best(c, data)
     _check_routes(method, [source.name for source in data.sources])
     if method.select and method.reads != "rows":
         raise ValueError(
@@ -451,10 +464,11 @@ def _profile(text: str, steps: int) -> range:
     return range(begin, end + 1)
 
 
-def _check_best(c):
+def _check_best(c, data: DataSpec):
     """That the figure by which the best checkpoint is kept is one that evaluations give."""
-    best, names = c.checkpoint.keep_best, [*c.data.mix, *(s.name for s in parse_added(c.data.add))]
-    known = [f"{figure}/{name}" for figure in ("loss", "bits_per_char") for name in names]
+    best = c.checkpoint.keep_best
+    known = [f"loss/{source.name}" for source in data.sources]
+    known += [f"bits_per_char/{source.name}" for source in data.sources if not source.structured]
     if best and best not in known:
         near = difflib.get_close_matches(best, known, 1)
         raise ValueError(

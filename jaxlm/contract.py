@@ -57,7 +57,8 @@ class Aux(NamedTuple):
     """What an objective reports next to its summed loss."""
 
     weight: jax.Array  # [] tokens or pairs that the loss and every metric are summed over
-    metrics: dict[str, jax.Array]  # [] each, summed over the same weight
+    # [] each, summed over the same weight; or (sum [], weight []) of what has a weight of its own.
+    metrics: dict[str, Any]
     taps: Any = (
         None  # (sum of mask * |y| per output unit, sum of mask), float32, partial params tree
     )
@@ -73,7 +74,8 @@ class TrainState(NamedTuple):
     guard: Any = ()  # what the guards against bad updates remember (jaxlm.step)
 
 
-Objective = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[jax.Array, Aux]]
+Objective = Callable[[LM, Params, Extras, Batch, Any], tuple[jax.Array, Aux]]
+"""The last is the step's key; None = evaluation, without dropout."""
 Selector = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[Batch, dict[str, jax.Array]]]
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 

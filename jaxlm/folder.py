@@ -74,13 +74,19 @@ def finished(run: Run) -> str:
     if not results:
         return ""
     figures = ", ".join(f"{k} {v:.3f}" for k, v in results["bits_per_char"].items())
+    said = f"bits per character {figures}" if figures else _losses(results)
     return (
-        f"This run is finished: {results['steps']:,} steps, bits per character {figures}.\n"
+        f"This run is finished: {results['steps']:,} steps, {said}.\n"
         f"  the page        {run.workdir / 'report.html'}\n"
         f"  sample from it  {python()} -m jaxlm.generate"
         f' --workdir="{run.workdir}" --prompt="def "\n'
         f"  train anew      add --config.workdir=SOME/OTHER/FOLDER, or delete {run.workdir}"
     )
+
+
+def _losses(results):
+    found = {k: v for k, v in results.get("figures", {}).items() if k.startswith("loss/")}
+    return ", ".join(f"held-out {k} {v:.3f}" for k, v in found.items()) or "nothing held out"
 
 
 def page_is_newest(run: Run) -> bool:

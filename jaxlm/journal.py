@@ -104,7 +104,7 @@ class Journal:
         return {
             "step": step,
             "loss": plain.pop("loss"),
-            "bits_per_char": float(metrics["loss"]) / math.log(2) / self.chars_per_token(step),
+            **self._bits(step, float(metrics["loss"])),
             "tokens": step * self.tokens_per_step,
             "learning_rate": float(self.learning_rates[step - 1]),
             "tokens_per_second": speed,
@@ -114,9 +114,16 @@ class Journal:
             **self.weights(step),
         }
 
+    def _bits(self, step, loss):
+        """Where the loss is that of text."""
+        if not self.chars_per_token:
+            return {}
+        return {"bits_per_char": loss / math.log(2) / self.chars_per_token(step)}
+
     def _say(self, line):
         shown = ("loss", "bits_per_char", "tokens_per_second", "peak_fraction")
-        fields = {k: line[k] for k in shown}
+        fields = {k: line[k] for k in shown if k in line}
+        fields |= {k.rpartition("/")[2]: v for k, v in line.items() if k.endswith("/accuracy")}
         if line["skipped"]:
             fields["skipped"] = line["skipped"]
         self.console.progress(line["step"], self.steps, **fields)

@@ -11,22 +11,26 @@ from typing import Any
 import numpy as np
 
 from jaxlm.build import Built
-from jaxlm.data import pack
+from jaxlm.data import chat, pack
+from jaxlm.data.examples import messages_before_answer
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
 from jaxlm.evals import tasks
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
+from jaxlm.evals.objective import ByObjective
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
 from jaxlm.metrics import Clock, Writer
-from jaxlm.sharding import rows_divide_by
+from jaxlm.sharding import replicated, rows_divide_by
+from jaxlm.step import make_score
 from jaxlm.tasks import RunningTasks
 
 PROMPT_TOKENS = 24
 SAMPLING = Sampling(temperature=0.8)
+TOLD = ("loss", "accuracy", "margin", "divergence")  # on the console; files have all figures
 PRIMED_LIMIT = 2**26  # characters of training text that xz is still primed with
 
 
@@ -53,8 +57,22 @@ class Observer:
         ways = rows_divide_by(built.mesh)
         batch = -(-run.eval.batch // ways) * ways
         self.held = HeldOut(built.scorer, sources, batch=batch, put=built.put_whole)
+        self.judged = ByObjective(
+            make_score(built.lm, run.method, whole=replicated(built.mesh)),
+            prepared.sources if prepared.template else (),
+            batch=batch,
+            zeros=built.zeros,
+            put=built.put_whole,
+            characters=run.eval.characters,
+        )
         tokenizer = prepared.tokenizer
-        self.generator = Generator(built.scorer, length, tokenizer.decode, {tokenizer.eos})
+        ends = {tokenizer.eos}
+        self.template = None
+        if prepared.template:
+            folder = prepared.tokenizer_folder
+            self.template = chat.Template(prepared.template, tokenizer, folder)
+            ends |= self.template.stops
+        self.generator = Generator(built.scorer, length, tokenizer.decode, ends)
         self.tasks = None
         if run.eval.tasks:
             folder = prepared.tokenizer_folder
@@ -63,7 +81,7 @@ class Observer:
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._compress, daemon=True)
-        if cluster.process() == 0:  # only its results are written down
+        if cluster.process() == 0 and sources:  # only its results are written down
             self._thread.start()
 
     @property
@@ -80,7 +98,9 @@ class Observer:
 
     def compile(self, state) -> None:
         """Compiles what evaluation and sampling need, so that nothing does later."""
-        self.held.compile(state.params)
+        if self.held.rows:
+            self.held.compile(state.params)
+        self.judged.compile(state.params, state.extras)
         if self.sample_at and (asked := list(self._asked().values())):
             self.generator.compile(state.params, asked, SAMPLING)
 
@@ -119,17 +139,38 @@ class Observer:
         """
         begin = time.monotonic()
         with self.clock("evaluate"):
-            bits = self.held.bits(state.params, self._tick)
-            figures = self.held.figures(bits)
+            bits, figures = self._scored(state.params, state)
             for name, extra in self.built.run.method.extras.items():
                 if extra.evaluate:
-                    more = self.held.figures(self.held.bits(state.extras[name], self._tick))
+                    _, more = self._scored(state.extras[name], state)
                     figures |= {f"{name}/{k}": v for k, v in more.items()}
         self.figures, self.evaluated = figures, step
         self._write(step, begin, figures | (scored or {}))
-        said = [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in figures.items() if k.startswith("bits")]
-        self.console.say(f"  step {step:,}: held-out bits per character: {', '.join(said)}")
+        for line in self._said(figures):
+            self.console.say(f"  step {step:,}: {line}")
         return bits
+
+    def _scored(self, params, state):
+        """(bits of held-out texts, all figures) of params."""
+        bits = self.held.bits(params, self._tick)
+        judged = self.judged.figures(params, state.extras, self._tick)
+        return bits, self.held.figures(bits) | judged
+
+    def _said(self, figures) -> list[str]:
+        """The figures in a line for all texts, and one for each other source."""
+        said = [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in figures.items() if k.startswith("bits")]
+        lines = [f"held-out bits per character: {', '.join(said)}"] if said else []
+        for source in self.prepared.sources:
+            if source.held_out_rows:
+                found = {
+                    key.removesuffix(f"/{source.name}"): value
+                    for key, value in figures.items()
+                    if key.endswith(f"/{source.name}")
+                }
+                shown = [k for k in found if k.rpartition("/")[2] in TOLD] or list(found)
+                said = [f"{k.rpartition('/')[2].replace('_', ' ')} {found[k]:.3f}" for k in shown]
+                lines.append(f"held-out {source.name}: {', '.join(said)}")
+        return lines
 
     def run_tasks(self, step: int, state) -> tuple[dict[str, float], dict[str, Any]]:
         """Figures of the tasks, and lm-eval's results; none where it cannot be done, with why."""
@@ -168,7 +209,7 @@ class Observer:
                     "step": step,
                     "fraction": self.sample_at.get(step, step / self.built.run.steps),
                     "source": name,
-                    "prompt": self.prepared.tokenizer.decode(request.ids[1:]),
+                    "prompt": self._shown(name, request),
                     "text": result.text,
                 }
                 self.writer.sample(record)
@@ -182,7 +223,24 @@ class Observer:
             long = [ids for ids in source.ids if len(ids) > 4 * PROMPT_TOKENS] or source.ids
             prompt = list(long[0][: min(PROMPT_TOKENS + 1, run.data.length)])
             asked[name] = Request(prompt, run.eval.sample_tokens, run.seed)
+        for source in self.prepared.sources:
+            if source.held_out_rows and (prompt := self._question(source)):
+                asked[source.name] = Request(prompt, run.eval.sample_tokens, run.seed)
         return asked
+
+    def _question(self, source) -> list[int]:
+        """The first held-out prompt that leaves room for an answer, as the template asks it."""
+        assert self.template
+        for document in source.held_out[:100]:
+            messages = messages_before_answer(json.loads(document.text))
+            ids = self.template.prompt(messages)
+            if 2 * len(ids) <= self.built.run.data.length:
+                return ids
+        return []
+
+    def _shown(self, name, request) -> str:
+        first = 1 if request.ids[0] == self.prepared.tokenizer.bos else 0
+        return self.prepared.tokenizer.decode(request.ids[first:])
 
     def results(self, state, began: float) -> dict[str, Any]:
         """The last evaluation and samples, next to the compressors."""
@@ -204,6 +262,7 @@ class Observer:
             "model_per_file": per_char,  # its context resets between documents anyway
             **self._compressed,
             "context": self.context,
+            "figures": {k: v for k, v in self.figures.items() if math.isfinite(v)},
             "documents": self.held.documents(bits),
             "passages": self.held.passages(bits, self.prepared.tokenizer),
             "samples": samples,

@@ -70,7 +70,8 @@ def make_step(
         norm_grads = optax.tree.norm(grads)
         good, guard = _judge(state.guard, loss, norm_grads, spike_sigmas)
         params, opt_state = _unless(good, (params, opt_state), (state.params, state.opt_state))
-        metrics |= mean(aux.metrics) | {
+        metrics |= {name: per(each, aux.weight) for name, each in aux.metrics.items()}
+        metrics |= {
             "loss": loss,
             "weight": aux.weight,
             "norm/grads": norm_grads,
@@ -83,6 +84,31 @@ def make_step(
     # The metrics whole on every device: each process reads them from its own.
     out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def weighed(metric, weight):
+    """(sum, weight) of a metric, which may come with a weight of its own."""
+    return metric if isinstance(metric, tuple) else (metric, weight)
+
+
+def per(metric, weight):
+    """The mean of a metric; NaN where nothing of its kind was there."""
+    total, weight = weighed(metric, weight)
+    return total / weight
+
+
+def make_score(lm: LM, method: Method, *, whole=None):
+    """Returns the jitted `score(params, extras, batch) -> {name: (sum, weight)}`, for evaluation:
+    the objective's loss and metrics, without dropout. `whole`: the sharding of its results."""
+    objective = method.objective
+    assert objective
+
+    def score(params, extras, batch):
+        loss, aux = objective(lm, params, extras, batch, None)
+        found = {name: weighed(each, aux.weight) for name, each in aux.metrics.items()}
+        return {"loss": (loss, aux.weight)} | found
+
+    return jax.jit(score, out_shardings=whole)
 
 
 def _sum_over_micro_batches(fn, batch, key, accumulate):

@@ -51,11 +51,30 @@ def data_card(console: Console, prepared, run) -> None:
         for name, card in prepared.card["sources"].items()
     ]
     console.table(rows, header)
+    for line in conversations(prepared):
+        console.say(f"  {line}")
     console.say(
         f"  corpus {prepared.hash[:16]}, {prepared.tokenizer.vocabulary_size:,} token types"
     )
     for line in epochs(prepared, run):
         console.say(f"  {line}")
+
+
+def conversations(prepared) -> list[str]:
+    """What the table does not say of sources that are no text."""
+    lines = []
+    for name, card in prepared.card["sources"].items():
+        if "format" not in card:
+            continue
+        left_out = dict(card["useless"]) | {"malformed": card["malformed"]}
+        said = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+        part = card["tokens"] / max(card["positions"], 1)
+        lines.append(
+            f"{name} ({card['format']}): the tokens are those of responses, {part:.0%} of what is "
+            f"read; {card['rows']:,} rows and {card['held_out_rows']:,} held out; left out: "
+            f"{said or 'nothing'}"
+        )
+    return lines
 
 
 def share(card) -> float:
@@ -91,7 +110,12 @@ def weights(run, prepared):
 
 
 def chars_per_token(run, prepared):
-    """step -> characters per token of the mixture, by the weights of its sources at that step."""
+    """step -> characters per token of the mixture, by the weights of its sources at that step.
+
+    None where the loss is not that of text: of preferences, say.
+    """
+    if run.method.reads != "rows":
+        return None
     fixed = {f"weights/{s.name}": s.weight for s in prepared.sources}
     staged = weights(run, prepared)
     each = {f"weights/{s.name}": s.characters / max(s.tokens, 1) for s in prepared.sources}
@@ -168,7 +192,28 @@ def _free_memory() -> float:
 
 
 def results(console: Console, run, found: dict) -> None:
-    """The table of the model next to the compressors, and the samples."""
+    """The table of the model next to the compressors, other figures, and the samples."""
+    if found["bits_per_char"]:
+        _beside_compressors(console, found)
+    _by_objective(console, run, found.get("figures", {}))
+    for sample in found["samples"]:
+        console.say(f"\nA prompt from held-out {sample['source']}; from the arrow on, the model:")
+        console.say(_indented(f"{sample['prompt']}⟶{sample['text']}"))
+    if not run.data.structured:
+        console.say("\n(A model of this size learns the style of its text, and no meaning.)")
+
+
+def _by_objective(console, run, figures):
+    """What the objective says of held-out conversations, preferences and feedback."""
+    for source in run.data.structured:
+        of = {k.removesuffix(f"/{source.name}"): v for k, v in figures.items()}
+        rows = [(k, f"{v:.4f}") for k, v in of.items() if f"{k}/{source.name}" in figures]
+        if rows:
+            console.say(f"\nHeld-out {source.name}, by the objective that was trained:")
+            console.table(rows, ("figure", "value"))
+
+
+def _beside_compressors(console, found):
     names = [n for n in ("xz primed", "xz", "bz2", "gzip") if _has(found, n)]
     rows = [
         (
@@ -192,10 +237,6 @@ def results(console: Console, run, found: dict) -> None:
     console.say(found["context"])
     if "xz primed" in names:
         console.say(FOOTNOTE)
-    for sample in found["samples"]:
-        console.say(f"\nA prompt from held-out {sample['source']}; from the arrow on, the model:")
-        console.say(_indented(f"{sample['prompt']}⟶{sample['text']}"))
-    console.say("\n(A model of this size learns the style of its text, and no meaning.)")
 
 
 def _has(found, name):
@@ -209,13 +250,21 @@ def _indented(text):
 def verdict(run, found: dict) -> list[str]:
     """In words: what was reached, beside what the recipe promised."""
     lines = []
-    expected = run.expect.figures()
-    if expected and run.overridden:
+    expected, bounds = run.expect.figures(), run.expect.bounds()
+    if (expected or bounds) and run.overridden:
         figures = ", ".join(f"{source} {most:.2f}" for source, most in expected.items())
+        said = [f"at most {figures} bits per character"] if expected else []
+        said += [f"{name} {side} {bound:g}" for name, side, bound in bounds]
         return [
-            f"The recipe promises at most {figures} bits per character for its own settings; this "
-            f"run set {', '.join(run.overridden)}, so it is not judged by them."
+            f"The recipe promises {', '.join(said)} for its own settings; this run set "
+            f"{', '.join(run.overridden)}, so it is not judged by them."
         ]
+    for name, side, bound in bounds:
+        if (value := found.get("figures", {}).get(name)) is not None:
+            word = (
+                "reached" if (value <= bound if side == "<=" else value >= bound) else "not reached"
+            )
+            lines.append(f"{name}: {value:.3f}; {side} {bound:g} expected: {word}.")
     for source, most in expected.items():
         value = found["bits_per_char"].get(source)
         if value is None:
@@ -248,12 +297,13 @@ def farewell(console: Console, run, found: dict, page) -> None:
     for line in found["verdict"]:
         console.say(line)
     python = folder.python()
+    asked = '--chat --prompt="Hello"' if run.data.structured else '--prompt="def read"'
     console.say(
         f"\n  the page     {page}\n"
         f"  checkpoint   {run.workdir / 'checkpoints'}\n"
         f"  metrics      {run.workdir / 'metrics.jsonl'}, {run.workdir / 'train.log'}\n"
         "Try next:\n"
-        f'  {python} -m jaxlm.generate --workdir="{run.workdir}" --prompt="def read"'
+        f'  {python} -m jaxlm.generate --workdir="{run.workdir}" {asked}'
     )
     if run.name == "quickstart":
         console.say(

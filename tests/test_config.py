@@ -6,7 +6,7 @@ from jaxlm import commandline, methods, summary
 from jaxlm import config as configs
 from jaxlm.config import check, defaults, flatten, nest, source
 
-NUMBER_OF_KEYS = 100  # outside the groups of the methods
+NUMBER_OF_KEYS = 101  # outside the groups of the methods
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxlm.contract import LM, Aux, Between, Extra, Method, copy_of_params
-from jaxlm.step import init_state, make_between, make_step
+from jaxlm.step import init_state, make_between, make_score, make_step
 
 LINEAR = LM(lambda key: {"w": jnp.ones((3,))}, None, None, {"w": (None,)})
 
@@ -16,7 +16,9 @@ def squares(lm, params, extras, batch, key):
     """Weighted sum of (x·w)^2, to be divided by the sum of weights."""
     y_B = batch["x"] @ params["w"]
     loss = jnp.sum(batch["weight"] * y_B**2)
-    return loss, Aux(batch["weight"].sum(), {"y": jnp.sum(batch["weight"] * y_B)})
+    of_two_B = (batch["weight"] == 2).astype(jnp.float32)
+    own = jnp.sum(of_two_B * y_B), of_two_B.sum()
+    return loss, Aux(batch["weight"].sum(), {"y": jnp.sum(batch["weight"] * y_B), "own": own})
 
 
 def take(steps, *, batch, accumulate=1, tx=None, **options):
@@ -47,6 +49,17 @@ def test_uneven_micro_batches_weigh_what_they_should():
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
         np.testing.assert_allclose(a["y"], b["y"], rtol=1e-5, atol=1e-6)
         assert a["weight"] == b["weight"] == 10
+        np.testing.assert_allclose(a["own"], b["own"], rtol=1e-5)
+    np.testing.assert_allclose(metrics_one[0]["own"], rows(0)["x"][2].sum(), rtol=1e-5)
+
+
+def test_an_evaluation_sums_what_a_step_divides():
+    score = make_score(LINEAR, Method(squares))
+    found = score(LINEAR.init(None), {}, rows(0))
+    y_B = rows(0)["x"].sum(1)
+    np.testing.assert_allclose(found["y"], (y_B @ rows(0)["weight"], 10), rtol=1e-5)
+    np.testing.assert_allclose(found["loss"], (y_B**2 @ rows(0)["weight"], 10), rtol=1e-5)
+    np.testing.assert_allclose(found["own"], (y_B[2], 1), rtol=1e-5)
 
 
 def test_a_non_finite_update_is_skipped_and_counted():

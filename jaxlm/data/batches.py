@@ -72,7 +72,7 @@ class Gather:
         self._length = sources[0].length
         self._attend = attend_across_documents
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    def __call__(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         source_B = np.searchsorted(self._first, numbers, side="right") - 1
         index_B = numbers - self._first[source_B]
         records: list[bytes] = [b""] * len(numbers)

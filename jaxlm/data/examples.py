@@ -93,12 +93,20 @@ def _plain(value: Any) -> Any:
 def prompt_hash(example: Example) -> int:
     """Of what the user says before the first answer; a system's message does not count."""
     said = []
-    for message in example.get("messages") or example["prompt"]:
-        if message["role"] == "assistant":
+    for message in messages_before_answer(example):
+        if message["role"] == "assistant":  # of a longer prompt
             break
         if message["role"] != "system":
             said.append(message["content"])
     return content_hash("\n".join(said))
+
+
+def messages_before_answer(example: Example) -> list[Message]:
+    """What is asked first: a prompt, or a conversation up to its first answer."""
+    if "prompt" in example:
+        return example["prompt"]
+    roles = [message["role"] for message in example["messages"]]
+    return example["messages"][: roles.index("assistant")]
 
 
 def texts(example: Example) -> list[str]:

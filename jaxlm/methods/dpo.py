@@ -54,6 +54,8 @@ def dpo(
             "margin": margin_P,
             "reward_chosen": reward_P2[:, 0],
             "reward_rejected": reward_P2[:, 1],
+            # Not the divergence: its estimate on responses that the policy did not draw itself.
+            "log_ratio_chosen": reward_P2[:, 0] / beta,
         }
         if initial:
             since_P2 = reward("initial")

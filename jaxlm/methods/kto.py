@@ -46,8 +46,9 @@ def kto(
         loss_P = weight_P * (1 - jax.nn.sigmoid(sign_P * reward_P))
         metrics = {
             "divergence": jnp.full_like(reward_P, k),
-            "reward_desirable": liked_P * reward_P,
-            "reward_undesirable": (1 - liked_P) * reward_P,
+            "reward_desirable": (reward_P, liked_P),
+            "reward_undesirable": (reward_P, 1 - liked_P),
+            "accuracy": (sign_P * reward_P > 0).astype(jnp.float32),
             "share_desirable": liked_P,
         }
         return summed("kto", loss_P, policy, metrics, members=("response",))

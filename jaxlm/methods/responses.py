@@ -6,7 +6,7 @@ A row holds one prompt with one response, not packed documents; both members go 
 rows of one batch. A pair without any weight is padding and counts nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,13 @@ def summed(
     name: str,
     loss_P: jax.Array,
     policy: Responses,
-    metrics_P: dict[str, jax.Array],
+    metrics_P: dict[str, Any],
     members: tuple[str, ...] = ("chosen", "rejected"),
 ) -> tuple[jax.Array, Aux]:
     """An objective's return value: the loss and each metric summed over the real pairs.
 
     `metrics_P` get the prefix `name`; log-probability and length of the `members` come with them.
+    A metric may be (x_P, weight_P), to be the mean of x weighed so.
     """
     real_P = policy.real_P
     total = lambda x_P: jnp.sum(jnp.where(real_P > 0, x_P, 0.0))
@@ -66,7 +67,8 @@ def summed(
         for what, x_P2 in (("logprob", policy.logprob_P2), ("length", policy.length_P2))
         for i, member in enumerate(members)
     }
-    metrics = {f"{name}/{key}": total(x_P) for key, x_P in (metrics_P | of_members).items()}
+    both = lambda x: (total(x[0] * x[1]), total(x[1])) if isinstance(x, tuple) else total(x)
+    metrics = {f"{name}/{key}": both(x) for key, x in (metrics_P | of_members).items()}
     metrics |= {key: weight * penalty for key, penalty in policy.penalties.items()}
     penalty = weight * sum(policy.penalties.values())
     return total(loss_P) + penalty, Aux(weight, metrics, policy.taps)
