@@ -3,7 +3,8 @@
 A column is computed once, in one pass over the records of every source, and kept in the cache
 folder under a hash of all that it depends on: the params (`fingerprint`), the model's options, the
 records, the knobs, this code. What does not match is never read: it has another name. Each field is
-one .npy file a source, [records, ...], of which a batch reads its rows.
+one .npy file a source, [records, ...], of which a batch reads its rows; held-out records, whose
+index is negative, lie at its end.
 """
 
 import hashlib
@@ -124,7 +125,7 @@ class _Pass:
     def refuse_size(self) -> None:
         """Tells what the column takes on disk. Raises `ValueError` if that is too much."""
         each = sum(x.dtype.itemsize * x.size for x in self.fields.values())
-        size = each * sum(source.rows for source in self.prepared.sources)
+        size = each * sum(map(_records, self.prepared.sources))
         limit = self.built.run.method.columns[self.name].limit_gb
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder.parent).free
@@ -146,33 +147,35 @@ class _Pass:
         for _ in batches:  # of others, or of one that another run has written meanwhile
             pass
 
-    def _batches(self, params) -> Iterator[tuple[int, int, Fields]]:
-        """(source, first record, fields of the records from there on)."""
+    def _batches(self, params) -> Iterator[tuple[int, np.ndarray, Fields]]:
+        """(source, index of records, their fields); held-out records count from the end."""
         mesh, rows = self.built.mesh, self.built.run.batch
         fn, _ = self.built.column(self.name)
         program = jax.jit(fn, out_shardings=sharding.replicated(mesh))
         attend = self.built.run.data.attend_across_documents
-        total, done = sum(source.rows for source in self.prepared.sources), 0
+        total, done = sum(map(_records, self.prepared.sources)), 0
         for number, source in enumerate(self.prepared.sources):
-            for first, batch in in_order(self.prepared, number, rows, attend):
-                fields = program(params, self.built.put_whole(batch))
-                count = min(rows, source.rows - first)
-                yield number, first, {k: np.asarray(v)[:count] for k, v in fields.items()}
-                done += count
-                self.progress(done, total, f"{self.name}: record {done:,} of {total:,}")
+            for held_out in (False, True):
+                for first, batch in in_order(self.prepared, number, rows, attend, held_out):
+                    fields = program(params, self.built.put_whole(batch))
+                    count = min(rows, (source.held_out_rows if held_out else source.rows) - first)
+                    found = {k: np.asarray(v)[:count] for k, v in fields.items()}
+                    yield number, batch["index"][:count], found
+                    done += count
+                    self.progress(done, total, f"{self.name}: record {done:,} of {total:,}")
 
     def _write(self, at: Path, batches) -> dict:
         for number, of_source in itertools.groupby(batches, key=lambda found: found[0]):
-            rows = self.prepared.sources[number].rows
+            rows = _records(self.prepared.sources[number])
             files = {
                 field: np.lib.format.open_memmap(
                     at / _file(number, field), "w+", np.dtype(x.dtype), (rows, *x.shape)
                 )
                 for field, x in self.fields.items()
             }
-            for _, first, fields in of_source:
+            for _, index, fields in of_source:
                 for field, values in fields.items():
-                    files[field][first : first + len(values)] = values
+                    files[field][index] = values
             for file in files.values():
                 file.flush()
         return {"fields": sorted(self.fields), "sources": len(self.prepared.sources)}
@@ -197,6 +200,11 @@ class _Pass:
             return found
 
         return read
+
+
+def _records(source):
+    """To train on and held out."""
+    return source.rows + source.held_out_rows
 
 
 def _file(number, field):

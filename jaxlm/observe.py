@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,13 @@ class Observer:
     """Evaluates and samples at the steps that the recipe names; knows the last figures."""
 
     def __init__(
-        self, built: Built, prepared: Prepared, console: Console, writer: Writer, clock: Clock
+        self,
+        built: Built,
+        prepared: Prepared,
+        console: Console,
+        writer: Writer,
+        clock: Clock,
+        beside: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
     ):
         run = built.run
         self.built, self.prepared = built, prepared
@@ -64,6 +71,7 @@ class Observer:
             zeros=built.zeros,
             put=built.put_whole,
             characters=run.eval.characters,
+            beside=beside or (lambda batch: {}),
         )
         tokenizer = prepared.tokenizer
         ends = {tokenizer.eos}

@@ -101,10 +101,10 @@ def _train(
             state, start = restore_or_start(built, prepared, checkpoints)
         writer.truncate(start, run.steps)
         writer.event("resume" if start else "start", step=start, time=began)
-        observer = Observer(built, prepared, console, writer, clock)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
         beside = _beside(built, prepared, console, clock, checkpoints, None if start else state)
+        observer = Observer(built, prepared, console, writer, clock, beside)
         rows = feed(run, prepared, start if start < run.steps else 0, built.rows_here(), beside)
         with clock("compile"):
             batch = built.put(next(rows))

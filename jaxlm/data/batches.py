@@ -91,14 +91,24 @@ class Gather:
 
 
 def in_order(
-    prepared: Prepared, source: int, rows: int, attend_across_documents: bool = False
+    prepared: Prepared,
+    source: int,
+    rows: int,
+    attend_across_documents: bool = False,
+    held_out: bool = False,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(first record, batch) for every record of a source once; the last one fills its batch up."""
+    """(first record, batch) for every record of a source once; the last one fills its batch up.
+
+    A held-out record's `index` is -1 - its number, so that nobody takes it for the one of that
+    number that is trained on.
+    """
     found = prepared.sources[source]
-    gather = Gather([found], attend_across_documents)
-    for first in range(0, found.rows, rows):
-        numbers = np.minimum(np.arange(first, first + rows), found.rows - 1)
-        yield first, gather(numbers.tolist()) | {"source": np.full(rows, source, np.int32)}
+    gather = Gather([found], attend_across_documents, held_out)
+    count = found.held_out_rows if held_out else found.rows
+    for first in range(0, count, rows):
+        numbers = np.minimum(np.arange(first, first + rows), count - 1)
+        batch = gather(numbers.tolist()) | {"source": np.full(rows, source, np.int32)}
+        yield first, batch | ({"index": -1 - batch["index"]} if held_out else {})
 
 
 def _shuffled(source: PreparedSource, first: int, seed: int) -> grain.MapDataset:

@@ -19,6 +19,7 @@ class ByObjective:
 
     `score(params, extras, batch)` gives the loss and each metric as a sum with its weight
     (`step.make_score`); `zeros(rows)` is a batch of padding. `characters`: of each source, at most.
+    `beside` gives a batch more fields, as in training.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class ByObjective:
         zeros: Callable[[int], dict[str, np.ndarray]],
         put: Callable,
         characters: int,
+        beside: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda batch: {},
     ):
+        self._beside = beside
         self._score, self._put, self._zeros = score, put, zeros(batch)
         # A source's number is its place in the mixture, as in training.
         self._sources = [(i, s) for i, s in enumerate(sources) if s.held_out_rows]
@@ -55,6 +58,7 @@ class ByObjective:
             for first in range(0, self._rows[source.name], size := len(self._zeros["index"])):
                 last = min(first + size, self._rows[source.name])
                 batch = padded(self._zeros, gather(np.arange(first, last)), number)
+                batch |= self._beside(batch)
                 for name, both in self._score(params, extras, self._put(batch)).items():
                     sums[name] = sums.get(name, 0.0) + np.array(both, np.float64)
                 done += last - first
@@ -71,8 +75,7 @@ def rows_of(source: PreparedSource, characters: int) -> int:
 
 
 def padded(zeros: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], number: int):
-    """A batch of the rows found and then padding. A held-out row's `index` is -1 - its number, so
-    that nobody takes it for the row of that number that is trained on."""
+    """A batch of the rows found, their `index` as in `data.batches.in_order`, and then padding."""
     batch = {name: value.copy() for name, value in zeros.items()}
     rows = len(found["index"])
     for name, value in found.items():
