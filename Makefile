@@ -22,11 +22,13 @@ CHOSEN := .venv
 endif
 
 help:
-	@echo "make quickstart   install; train on built-in text and write a report     5 min on 2 cores"
-	@echo "make test         install with the test tools; the whole suite            15 min"
-	@echo "make check        format, lint, types, architecture, fast tests           2 to 3 min"
-	@echo "make bench        install torch too; speed of training, data, checkpoints 15 min"
-	@echo "make parity       install torch too; every family of models against transformers  10 min"
+	@echo "make quickstart   install; train on built-in text and write a report      5 min on 2 cores"
+	@echo "make test         install with the test tools; the whole suite             15 min"
+	@echo "make check        format, lint, types, architecture, fast tests            2 to 3 min"
+	@echo "make bench        install torch, trl too; speed of training, preferences,  25 min"
+	@echo "                  data, checkpoints, loading, generation, evaluation"
+	@echo "make parity       install torch, trl too; models against transformers,     15 min"
+	@echo "                  losses over preferences against trl"
 	@echo "make clean        remove .venv and runs"
 	@echo
 	@echo "The first of them takes 1 to 3 min more to install, and a package index or wheels."
@@ -50,6 +52,7 @@ bench: python .venv/installed-parity
 
 parity: python .venv/installed-parity
 	@$(BIN)/python tools/parity.py $(ARGS)
+	@$(BIN)/python tools/preference_parity.py
 
 # Only where PYTHON was given: is .venv made of it?
 python:

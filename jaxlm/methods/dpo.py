@@ -18,6 +18,9 @@ Log-probabilities are sums over a response's tokens, given its prompt. The refer
 the run starts from, frozen; compose with `follow` to let it follow (TR-DPO). With `initial`,
 rewards against the params of the start are logged too, from a second copy that nothing follows.
 
+The numbers are TRL's (tools/preference_parity.py), but that it smooths no labels for its sigmoid,
+has no length term, and logs IPO's rewards of sums.
+
 Batch: pairs, as `methods.responses` has them; member 0 is the chosen response. Loss and metrics are
 per pair.
 """

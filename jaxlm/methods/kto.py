@@ -6,7 +6,7 @@
 
 k estimates the divergence from the reference and gets no gradient: a mismatched response is another
 row's, after this row's prompt. Since k is a mean over the batch the loss is no sum over rows, and
-accumulation is refused.
+accumulation is refused. TRL logs rewards of r alone; here they are of r - k, as the loss has them.
 
 Batch: as `methods.responses` has it, but that member 0 is the response and member 1 the mismatched
 one, with

@@ -4,7 +4,8 @@
     loss = -log p(chosen) - ratio_weight · log σ(log odds(chosen) - log odds(rejected))
 
 No reference. The first term is each chosen response's mean over its tokens; TRL takes the mean over
-all tokens of a batch, prompts included. Batch: pairs, as `methods.responses` has them.
+all tokens of the batch's chosen texts, prompts included. The odds are the same. Batch: pairs, as
+`methods.responses` has them.
 """
 
 import jax

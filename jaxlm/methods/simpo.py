@@ -3,7 +3,8 @@
     loss = -log σ(beta · [log p(chosen) / |chosen| - log p(rejected) / |rejected|] - margin)
 
 The reward is the log-probability per token, so length earns nothing by itself. `margin` is the
-paper's γ; TRL is given γ/beta. Batch: pairs, as `methods.responses` has them.
+paper's γ and TRL's simpo_gamma; the authors' code is given γ/beta. Batch: pairs, as
+`methods.responses` has them.
 """
 
 import jax

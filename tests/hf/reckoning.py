@@ -61,10 +61,11 @@ class Ours:
         batch = {key: np.concatenate([one[key], more[key]]) for key in one}
         batch["weights"] = np.arange(len(batch["tokens"])) == 0
         grads, logits = self.grad(self.params, batch)
-        return list(split(batch, logits)), self._named(grads)
+        return list(split(batch, logits)), self.by_tensor(grads)
 
-    def _named(self, grads):
-        ours, found = named(grads), {}
+    def by_tensor(self, tree):
+        """A tree like the params by the names of the folder's tensors."""
+        ours, found = named(tree), {}
         for link in self.links:
             parts = link.form.theirs(*(ours[path] for path in link.ours))
             found |= dict(zip(link.theirs, map(np.asarray, parts), strict=True))
