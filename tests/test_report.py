@@ -320,3 +320,41 @@ def test_command_line(finished, tmp_path):
         failed = run(folder)
         assert failed.returncode == 1
         assert re.fullmatch(r"error: .*--config\.workdir names\.\n", failed.stderr)
+
+
+def preferences(folder):
+    """A run of preferences, as `make` leaves one of texts."""
+    make(folder, 200)
+    lines = lambda name: [json.loads(x) for x in (folder / name).read_text().splitlines()]
+    metrics, evals = lines("metrics.jsonl"), lines("evals.jsonl")
+    for row in metrics:
+        row |= {"dpo/accuracy": 0.5 + row["step"] / 500, "dpo/margin": row["step"] / 100}
+        row |= {"dpo/reward_chosen": 1.0, "dpo/reward_rejected": -1.0, "dpo/length_chosen": 9.0}
+        row |= {"dpo/logprob_chosen": -3.0, "dpo/logprob_rejected": None, "dpo/other": 4.0}
+        del row["bits_per_char"]
+    for row in evals:
+        for key in [key for key in row if "/" in key]:
+            del row[key]
+        row |= {"loss/likes": 0.4, "dpo/accuracy/likes": 0.875, "dpo/margin/likes": 2.5}
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"bits_per_char": {}, "compressors": {}, "documents": {}, "passages": []}
+    results["samples"] = []
+    run = json.loads((folder / "run.json").read_text())
+    run["data_card"]["sources"] = {"likes": {"format": "pairs", "documents": 3, "useless": {}}}
+    for name, rows in (("metrics.jsonl", metrics), ("evals.jsonl", evals)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def test_preferences_have_charts_of_their_own(tmp_path):
+    preferences(tmp_path)
+    _, page = write(tmp_path)
+    titles = [a["aria-label"] for t, a in page.elements if t == "svg" and "aria-label" in a]
+    for title in ("Accuracy", "Margin", "Rewards", "Log-probability", "Length"):
+        assert any(label.startswith(f"{title}:") for label in titles), title
+    assert re.search(r"held-out likes: accuracy\s+87\.5", page.text)
+    assert "Every other metric" in page.text
+    assert any("other" in label for label in titles)
+    assert sum(label.startswith("Accuracy") for label in titles) == 1
+    assert "Bits per character:" not in page.text

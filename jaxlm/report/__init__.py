@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from jaxlm.report import cost, curves, examples, result, setup, tasks
+from jaxlm.report import cost, curves, examples, preferences, result, setup, tasks
 from jaxlm.report.markup import Html, el, join
 from jaxlm.report.read import Folder, load
 from jaxlm.report.tables import plural
@@ -74,6 +74,7 @@ def _sections(folder: Folder) -> list[tuple[str, str, Html]]:
     parts: list[tuple[str, str, str, list[Callable[[Folder], Html]]]] = [
         ("compressors", "Model and compressors", "", [result.against_compressors]),
         ("learning", "Learning", "", [curves.learning]),
+        ("preferences", "Preferences", "", [preferences.charts]),
         ("tasks", "Tasks and corpora", "", [tasks.curves, tasks.finished]),
         ("samples", "Samples", "What the model writes after a prompt.", [examples.samples]),
         ("bits", "Where the bits go", ground, [examples.passages]),

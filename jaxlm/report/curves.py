@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxlm.report import result
+from jaxlm.report import preferences, result
 from jaxlm.report.axes import Rule
 from jaxlm.report.chart import Line, chart
 from jaxlm.report.markup import Html, bits, el, finite, join, short
@@ -109,7 +109,10 @@ def others(folder: Folder) -> Html:
     names = [
         name
         for name, y in folder.metrics.items()
-        if name not in DRAWN and not name.startswith("weights/") and np.isfinite(y).any()
+        if name not in DRAWN
+        and not name.startswith("weights/")
+        and not preferences.is_drawn(folder.metrics, name)
+        and np.isfinite(y).any()
     ]
     if not names:
         return Html("")
@@ -178,7 +181,9 @@ def _restarts(folder: Folder) -> list[float]:
 def _evaluations(folder: Folder) -> Html | None:
     """The evaluations as numbers, at most 20 of them."""
     columns = {
-        n: y for n, y in folder.evals.items() if "bits_per_char/" in n or n.startswith("loss/")
+        n: y
+        for n, y in folder.evals.items()
+        if "bits_per_char/" in n or n.startswith("loss/") or "/accuracy/" in n or "/margin/" in n
     }
     if not columns or not len(folder.evals["step"]):
         return None

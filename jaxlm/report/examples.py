@@ -33,6 +33,7 @@ def samples(folder: Folder) -> Html:
         "The prompt is grey. A model this small, trained for minutes, learns the style of its text "
         "and no meaning."
         if (finite(folder.run.get("parameters")) or 0) < 2e7
+        and folder.results.get("bits_per_char") != {}  # of texts; exercises have a meaning
         else "The prompt is grey."
     )
     return join([shown, el("p", note + more, class_="note")])

@@ -153,13 +153,27 @@ def _tile(name: str, value: str, below: str, kind: str = "") -> Html:
 def _source_tile(folder: Folder, name: str) -> Html | None:
     value = model_bits(folder, name)
     if value is None:
-        return None
+        return _judged_tile(folder, name)
     below = "bits per character" + ("" if folder.results else ", last evaluation")
     rivals = compressors(folder, name)
     if rivals:
         best = min(rivals, key=lambda name: rivals[name])
         below += f"; {_against(value, rivals[best])} than {best} ({rivals[best]:.3f})"
     return _tile(f"held-out {name}", bits(value), below, f"of {color(folder, name)}")
+
+
+def _judged_tile(folder: Folder, name: str) -> Html | None:
+    """Of a source that is no text: the accuracy if there is one, else the loss."""
+    accuracies = (column for column in folder.evals if column.endswith(f"/accuracy/{name}"))
+    for column in (*accuracies, f"loss/{name}"):
+        value = last(folder.evals, column)
+        if value is not None:
+            is_loss = column.startswith("loss/")
+            what, shown = ("loss", number(value)) if is_loss else ("accuracy", "")
+            below = "nats, of what is trained" if shown else "of the model’s preferences"
+            hue = f"of {color(folder, name)}"
+            return _tile(f"held-out {name}: {what}", shown or percent(value, 1), below, hue)
+    return None
 
 
 def _against(value: float, rival: float) -> str:
