@@ -26,11 +26,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxlm import params, stored
 from jaxlm.checkpoint import find, storage
+from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import export, folder, kept
 from jaxlm.hf.families import FAMILIES
@@ -105,7 +107,10 @@ def _model(source: Path) -> Kept:
     if not found.run:
         raise ValueError(f"{source} is a Hugging Face folder already")
     tokenizer = tokenizers.load(found.tokenizer)
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    if found.run.data.structured:
+        ends = sorted(chat.stops(tokenizer, found.tokenizer))
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     length = {"max_position_embeddings": found.length}
     config = length | export.family_of(found.options).config(whole(found.options)) | ids
     return Kept(found.options, config, ids)

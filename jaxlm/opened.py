@@ -19,6 +19,7 @@ from jaxlm import sharding, stored
 from jaxlm.build import build
 from jaxlm.config import Run
 from jaxlm.contract import LM
+from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.hf import folder as hf
@@ -99,5 +100,7 @@ def _run(found: Stored, run: Run, step, spec, devices, say):
         built = build(run, tokenizer.vocabulary_size, devices)
         params = found.load(built.abstract.params, step=step, say=say)
     ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
+    if run.data.structured:  # the template's, which ended each answer in training
+        ends |= chat.stops(tokenizer, found.tokenizer)
     where = found.tokenizer.absolute()
     return Opened(built.scorer, params, tokenizer, built.apart, mesh, found.length, where, ends)

@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "data": {"data", "contract", "sharding"},
     "methods": {"contract", "sharding", "methods.likelihood", "methods.responses"},
     "evals": {"evals", "contract", "sharding", "generate", "data", "methods.likelihood"},
-    "generate": {"generate", "contract", "sharding", "data.tokenizer"},
+    "generate": {
+        *("generate", "contract", "sharding", "data.tokenizer", "data.chat", "data.examples"),
+    },
     "commandline": {"config", "methods"},
     "config": {"contract", "sharding", "methods", "models", "optim", "data", "hf"},
     "build": {

@@ -85,7 +85,7 @@ class Template:
                 **cast(dict[str, Any], self._names),
             )[0]
         except Exception as error:  # what the template itself raises, above all
-            raise Malformed(f"the chat template refuses it: {_reason(error)}") from None
+            raise Malformed(f"the chat template refuses these messages: {_reason(error)}") from None
         return rendered[0]
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -223,6 +223,12 @@ def find(name: str, tokenizer: Tokenizer, folder: pathlib.Path) -> tuple[Templat
     if name == "chatml":
         _require_chatml(tokenizer)
     return Template(BUILT_IN.get(name) or _read(name), tokenizer, folder), ""
+
+
+def stops(tokenizer: Tokenizer, folder: pathlib.Path) -> frozenset[int]:
+    """Tokens that end an answer of a model: eos, and what its own template ends a turn with."""
+    text = of_folder(folder)
+    return Template(text, tokenizer, folder).stops if text else frozenset({tokenizer.eos})
 
 
 def of_folder(folder: pathlib.Path) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.data.chat import Template, of_folder
+from jaxlm.data.examples import Malformed
 from jaxlm.data.tokenizer import Tokenizer
 
 
@@ -72,8 +74,30 @@ def encoded(
     else:
         theirs = _transformers(folder) if texts else None
         ids = iter(theirs(text)["input_ids"] or [tokenizer.bos] for text in texts if theirs)
-    template = ChatTemplate(folder) if any(p.messages for p in prompts) else None
-    return [template(p.messages) if template and p.messages else next(ids) for p in prompts]
+    template = None
+    if any(p.messages for p in prompts):
+        # A run of ours was trained with one date, other models with that of the day.
+        template = chat_template(tokenizer, folder, today=not behind_bos)
+    asked = lambda p: _answerable(template, p.messages, folder) if template else []
+    return [asked(p) if p.messages else next(ids) for p in prompts]
+
+
+def chat_template(tokenizer: Tokenizer, folder: Path, *, today: bool) -> Template:
+    """The template of a folder. Raises `ValueError` where there is none."""
+    if not (text := of_folder(folder)):
+        raise ValueError(
+            f"{folder} has no chat template, so there is no telling how a conversation is "
+            "written; give the prompt as text, as the model is to read it"
+        )
+    return Template(text, tokenizer, folder, today)
+
+
+def _answerable(template, messages, folder):
+    """Tokens up to where the answer begins."""
+    try:
+        return template.prompt(messages)
+    except Malformed as why:
+        raise ValueError(f"{folder}: {why}") from None
 
 
 def _transformers(folder):
@@ -84,29 +108,6 @@ def _transformers(folder):
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # many kinds
         raise ValueError(f"no tokenizer can be loaded from {folder}: {_reason(error)}") from None
-
-
-class ChatTemplate:
-    """(messages) -> tokens up to where the answer begins. `ValueError` where there is none."""
-
-    def __init__(self, folder: Path):
-        self.tokenizer = _transformers(folder)
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{folder} has no chat template, so there is no telling how a conversation is "
-                "written; give the prompt as text, as the model is to read it"
-            )
-        self.folder = folder
-
-    def __call__(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # what the template itself raises, above all
-            raise ValueError(
-                f"the chat template of {self.folder} refuses these messages: {_reason(error)}"
-            ) from None
 
 
 def _reason(error):

@@ -123,7 +123,7 @@ def test_a_tokenizer_without_offsets_gives_the_same(tmp_path):
     ("text", "said", "why"),
     [
         (SYSTEMLESS, [{"role": "system", "content": "be kind"}, *SAID], "drops the text of a sys"),
-        (STRICT, [*SAID[:1], *SAID], "refuses it: Roles must alternate!"),
+        (STRICT, [*SAID[:1], *SAID], "refuses these messages: Roles must alternate!"),
         (LOOKING_BACK, SAID, "otherwise once it is answered"),
     ],
 )
@@ -257,3 +257,11 @@ def test_a_replay_of_text_is_mixed_in(tmp_path):
     share = [batch["weights"][batch["source"] == i].mean() for i in (0, 1)]
     assert share[0] < 0.7 < share[1]
     assert found.sources[1].format == "text"
+
+
+def test_a_model_stops_where_its_template_ends_an_answer(tmp_path):
+    tokens, folder = tokenizer_of(tmp_path)
+    assert chat.stops(tokens, folder) == {tokens.eos}
+    (folder / chat.FILE).write_text(CHATML)
+    end = chat.Template(CHATML, tokens, folder)._backend.token_to_id("<|im_end|>")
+    assert chat.stops(tokens, folder) == {tokens.eos, end}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.generate.prompts import ChatTemplate, Prompt, encoded, from_file
+from jaxlm.generate.prompts import Prompt, chat_template, encoded, from_file
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'nobody' %}"
@@ -81,7 +81,7 @@ def test_texts_begin_with_bos(folder):
 def test_a_conversation_goes_through_the_template(folder):
     tokenizer = tokenizers.load(folder)
     with pytest.raises(ValueError, match="no chat template"):
-        ChatTemplate(folder)
+        chat_template(tokenizer, folder, today=True)
     with_template(folder)
     said = Prompt(messages=[{"role": "user", "content": "hi"}])
     first, second = encoded([said, Prompt("x")], tokenizer, folder, behind_bos=True)
