@@ -68,6 +68,7 @@ MAY_IMPORT = {
     "plan": BASE | TOP | {"plan", "chips"},
     "generate.__main__": BASE | TOP | {"opened"},
     "evaluate": BASE | TOP | {"evaluate", "opened"},
+    "studies": BASE | TOP | {"studies", "train"},
 }
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))
 
