@@ -63,6 +63,13 @@ def by_source(rows, **options):
     return found | {"expert": (found["source"] == 1).astype(jnp.float32)}
 
 
+def with_reference(pairs, **options):
+    """Pairs with the log-probabilities that a reference gave them before."""
+    found = toy.pairs(pairs, **options)
+    drawn = jax.random.normal(jax.random.key(options.get("seed", 0)), (pairs, 2)) - 20
+    return found | {"reference": drawn}
+
+
 taught = functools.partial(distill, teacher="teacher", temperature=2.0, weight=0.5)
 aligned = functools.partial(distill, teacher="teacher", expert="expert", expert_sources="code")
 half = functools.partial(learnability, filter_ratio=0.5, reference="a finished run")
@@ -73,6 +80,7 @@ ENTRIES = {
     "next_token muon": Entry((next_token,), optimizer="muon"),
     "dpo": Entry((dpo,), toy.pairs),
     "dpo + follow": Entry((dpo, often), toy.pairs, optimizer="muon"),
+    "dpo precomputed": Entry((functools.partial(dpo, reference="precomputed"),), with_reference),
     "ipo": Entry((functools.partial(dpo, loss="ipo", initial=True),), toy.pairs),
     "kto + follow": Entry((kto, often), toy.feedback),
     "orpo": Entry((orpo,), toy.pairs),

@@ -17,6 +17,8 @@ where the chosen one is longer, its length explains the choice already and the p
 Log-probabilities are sums over a response's tokens, given its prompt. The reference is the params
 the run starts from, frozen; compose with `follow` to let it follow (TR-DPO). With `initial`,
 rewards against the params of the start are logged too, from a second copy that nothing follows.
+With `reference` "precomputed" its log-probabilities are computed once, before training, and read
+from disk: no second model is in memory, nor run; but then nothing can follow.
 
 The numbers are TRL's (tools/preference_parity.py), but that it smooths no labels for its sigmoid,
 has no length term, and logs IPO's rewards of sums.
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.contract import Extra, Method, copy_of_params
-from jaxlm.methods.responses import frozen, responses, summed
+from jaxlm.methods.responses import frozen, precomputed, responses, summed
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")
 
@@ -41,14 +43,23 @@ def dpo(
     label_smoothing: float = 0.0,
     length_penalty: float = 0.0,
     initial: bool = False,
+    reference: str = "live",
 ) -> Method:
-    """`beta`: the pull towards the reference, in 1/nats; large stays near it."""
+    """`beta`: the pull towards the reference, in 1/nats; large stays near it. `reference`: "live",
+    or "precomputed"."""
     _refuse(beta, loss, label_smoothing, length_penalty)
+    kept = precomputed(reference)
+    if kept and initial:
+        raise ValueError(
+            "initial is True, and a precomputed reference is the params of the start already: the "
+            "same rewards would be logged twice; leave initial out"
+        )
 
     def objective(lm, params, extras, batch, key):
         policy = responses(lm, params, batch, key)
-        reward = lambda name: beta * _gap(policy, frozen(lm, extras[name], batch), loss)
-        reward_P2 = reward("reference")
+        live = lambda name: frozen(lm, extras[name], batch).logprob_P2
+        reward = lambda logprob_P2: beta * _gap(policy, logprob_P2, loss)
+        reward_P2 = reward(batch["reference"] if kept else live("reference"))
         margin_P = reward_P2[:, 0] - reward_P2[:, 1]
         longer_P = policy.length_P2[:, 0] - policy.length_P2[:, 1]
         loss_P = preference_loss(margin_P + length_penalty * longer_P, beta, loss, label_smoothing)
@@ -61,15 +72,15 @@ def dpo(
             "log_ratio_chosen": reward_P2[:, 0] / beta,
         }
         if initial:
-            since_P2 = reward("initial")
+            since_P2 = reward(live("initial"))
             metrics["initial_reward_chosen"] = since_P2[:, 0]
             metrics["initial_reward_rejected"] = since_P2[:, 1]
         return summed("dpo", loss_P, policy, metrics)
 
-    extras = {"reference": Extra(copy_of_params)}
+    extras = {} if kept else {"reference": Extra(copy_of_params)}
     if initial:
         extras["initial"] = Extra(copy_of_params)
-    return Method(objective=objective, reads="pairs", extras=extras)
+    return Method(objective=objective, reads="pairs", extras=extras, columns=kept)
 
 
 def preference_loss(z: jax.Array, beta: float, loss: str, label_smoothing: float = 0.0):
@@ -85,11 +96,10 @@ def preference_loss(z: jax.Array, beta: float, loss: str, label_smoothing: float
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-def _gap(policy, reference, loss):
+def _gap(policy, reference_P2, loss):
     """log p - log p_ref of each response, [P, 2]; per token for IPO."""
-    if loss == "ipo":
-        return policy.mean_P2 - reference.mean_P2
-    return policy.logprob_P2 - reference.logprob_P2
+    gap_P2 = policy.logprob_P2 - reference_P2
+    return gap_P2 / jnp.maximum(policy.length_P2, 1) if loss == "ipo" else gap_P2
 
 
 def _refuse(beta, loss, label_smoothing, length_penalty):

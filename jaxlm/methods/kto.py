@@ -17,14 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.contract import Extra, Method, copy_of_params
-from jaxlm.methods.responses import frozen, responses, summed
+from jaxlm.methods.responses import frozen, precomputed, responses, summed
 
 
 def kto(
-    *, beta: float = 0.1, weight_desirable: float = 1.0, weight_undesirable: float = 1.0
+    *,
+    beta: float = 0.1,
+    weight_desirable: float = 1.0,
+    weight_undesirable: float = 1.0,
+    reference: str = "live",
 ) -> Method:
     """`beta`: the pull towards the reference, in 1/nats. The paper keeps (number liked ·
-    weight_desirable) / (number not liked · weight_undesirable) between 1 and 4/3."""
+    weight_desirable) / (number not liked · weight_undesirable) between 1 and 4/3. `reference`:
+    "live", or "precomputed" as in `dpo`."""
+    kept = precomputed(reference)
     if not beta > 0:
         raise ValueError(f"beta is {beta}, and must be positive")
     if weight_desirable < 0 or weight_undesirable < 0:
@@ -35,8 +41,8 @@ def kto(
 
     def objective(lm, params, extras, batch, key):
         policy = responses(lm, params, batch, key)
-        reference = frozen(lm, extras["reference"], batch)
-        gap_P2 = policy.logprob_P2 - reference.logprob_P2
+        live = lambda: frozen(lm, extras["reference"], batch).logprob_P2
+        gap_P2 = policy.logprob_P2 - (batch["reference"] if kept else live())
         real_P, liked_P = policy.real_P, batch["desirable"]
         mismatched = jnp.sum(real_P * gap_P2[:, 1]) / jnp.maximum(real_P.sum(), 1)
         k = jax.lax.stop_gradient(jnp.maximum(mismatched, 0.0))
@@ -57,5 +63,6 @@ def kto(
         objective=objective,
         separable=False,
         reads="feedback",
-        extras={"reference": Extra(copy_of_params)},
+        extras={} if kept else {"reference": Extra(copy_of_params)},
+        columns=kept,
     )

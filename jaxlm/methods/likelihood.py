@@ -30,25 +30,40 @@ def token_logprobs(
     Logits of about `lm.chunk` tokens exist at a time, in the backward pass too.
     """
     hidden_BLD, taps, penalties = lm.hidden(params, batch, key)
-    chunks = _number_of_chunks(lm.chunk, hidden_BLD.shape)
+    return per_token(logprobs, Seen(lm, params, hidden_BLD), batch["targets"]), taps, penalties
+
+
+class Seen(NamedTuple):
+    """A model that has read a batch, and is to say what it predicts."""
+
+    lm: LM
+    params: Params
+    hidden_BLD: jax.Array
+
+
+def per_token(score: Callable[..., Any], seen: Seen, *given: jax.Array) -> Any:
+    """`score(logits, *given)` of every token: arrays [B, L, ...] of [B, C, ...], chunk by chunk.
+
+    Logits of about `lm.chunk` tokens of a device exist at a time, in the backward pass too.
+    """
+    chunks = _number_of_chunks(seen.lm.chunk, seen.hidden_BLD.shape)
     if chunks == 1:
         with jax.named_scope("loss"):
-            logprobs_BL = logprobs(lm.unembed(params, hidden_BLD), batch["targets"])
-        return logprobs_BL, taps, penalties
-    hidden_NBCD, targets_NBC = (_split(x, chunks) for x in (hidden_BLD, batch["targets"]))
-    parts = _parts(targets_NBC.shape)
-    unembed, head = _unembed(lm, params, hidden_NBCD, parts)
+            return score(seen.lm.unembed(seen.params, seen.hidden_BLD), *given)
+    hidden_NBCD, *split = (_split(x, chunks) for x in (seen.hidden_BLD, *given))
+    parts = _parts(hidden_NBCD.shape[:3])
+    unembed, head = _unembed(seen.lm, seen.params, hidden_NBCD, parts)
 
-    def score(head, hidden_BCD, targets_BC):
-        return logprobs(unembed(hidden_BCD, *head), targets_BC)
+    def of_chunk(head, hidden_BCD, *given):
+        return score(unembed(hidden_BCD, *head), *given)
 
     # A scan keeps the two passes apart anyway.
-    score = jax.checkpoint(_each(parts, score), prevent_cse=False)
+    of_chunk = jax.checkpoint(_each(parts, of_chunk), prevent_cse=False)
     with jax.named_scope("loss"):
         head = _for_each(parts, head)
-        xs = _cut(parts, hidden_NBCD), _cut(parts, targets_NBC)
-        _, logprobs_NBC = jax.lax.scan(lambda _, x: (None, score(head, *x)), None, xs)
-    return _join(_uncut(parts, logprobs_NBC), hidden_BLD.shape[1]), taps, penalties
+        xs = tuple(_cut(parts, x) for x in (hidden_NBCD, *split))
+        _, found_N = jax.lax.scan(lambda _, x: (None, of_chunk(head, *x)), None, xs)
+    return jax.tree.map(lambda x: _join(_uncut(parts, x), seen.hidden_BLD.shape[1]), found_N)
 
 
 def summed_nll(
@@ -63,14 +78,6 @@ def summed_nll(
     seen = Seen(lm, params, hidden_BLD)
     loss, _ = summed(nll, seen, (), (batch["weights"],), (batch["targets"],))
     return loss, taps, penalties
-
-
-class Seen(NamedTuple):
-    """A model that has read a batch, and is to say what it predicts."""
-
-    lm: LM
-    params: Params
-    hidden_BLD: jax.Array
 
 
 def summed(
@@ -248,8 +255,9 @@ def _uncut(parts, x_NBC):
     """The inverse of `_cut`."""
     if not parts:
         return x_NBC
-    chunks, by_rows, by_positions, rows, positions = x_NBC.shape
-    return x_NBC.swapaxes(2, 3).reshape(chunks, by_rows * rows, by_positions * positions)
+    chunks, by_rows, by_positions, rows, positions, *rest = x_NBC.shape
+    whole = chunks, by_rows * rows, by_positions * positions
+    return x_NBC.swapaxes(2, 3).reshape(*whole, *rest)
 
 
 def _number_of_chunks(tokens: int, shape: tuple[int, ...]) -> int:
@@ -273,5 +281,5 @@ def _split(x_BL, chunks):
 
 
 def _join(x_NBC, length):
-    """The inverse of `_split`, for [N, B, C]."""
-    return jnp.moveaxis(x_NBC, 0, 2).reshape(x_NBC.shape[1], -1)[:, :length]
+    """The inverse of `_split`."""
+    return jnp.moveaxis(x_NBC, 0, 2).reshape(x_NBC.shape[1], -1, *x_NBC.shape[3:])[:, :length]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.contract import LM, Aux, Batch, Params
+from jaxlm.contract import LM, Aux, Batch, Column, Params
 from jaxlm.methods.likelihood import token_logprobs
 
 FIELDS = ("tokens", "targets", "weights", "segments", "positions")
@@ -45,6 +45,20 @@ def responses(lm: LM, params: Params, batch: Batch, key: jax.Array | None = None
 def frozen(lm: LM, params: Params, batch: Batch) -> Responses:
     """The same of params that get no gradient, such as a reference's."""
     return responses(lm, jax.lax.stop_gradient(params), batch)
+
+
+def precomputed(reference: str) -> dict[str, Column]:
+    """What the batch gets of a reference of that kind: nothing of a "live" one, of a "precomputed"
+    one its log-probabilities of the responses, [P, 2], as the params of the start gave them."""
+    if reference not in ("live", "precomputed"):
+        raise ValueError(f"reference is {reference!r}, and may be 'live' or 'precomputed'")
+    if reference == "live":
+        return {}
+
+    def fn(lm, params, batch):
+        return {"reference": frozen(lm, params, batch).logprob_P2}
+
+    return {"reference": Column(fn, "log-probabilities of both responses")}
 
 
 def summed(

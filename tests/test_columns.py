@@ -1,0 +1,158 @@
+"""What frozen models say of every record, computed once: the same losses, and never another's."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import columns
+from jaxlm.build import build
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import check, defaults, source
+from jaxlm.contract import compose
+from jaxlm.data.prepare import prepare
+from jaxlm.methods.dpo import dpo
+from jaxlm.methods.follow import follow
+from jaxlm.train import feed, restore_or_start, save
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two sources of pairs, and of pairs taken apart."""
+    home, rng = tmp_path_factory.mktemp("columns"), random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(60)]
+    say = lambda n: " ".join(rng.choices(words, k=n))
+    for name in ("one", "two"):
+        rows = [{"prompt": say(3), "chosen": say(3), "rejected": say(2)} for _ in range(30)]
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def made(home, work, method="dpo", **keys):
+    """(built, prepared) of a run on the sources."""
+    c = defaults()
+    c.update(name="columns", workdir=str(work), method=method, steps=4, batch=8)
+    for name in ("one", "two"):
+        c.data.mix[name] = source(source=str(home / f"{name}.jsonl"))
+    c.data.update(tokenizer="byte", length=64, held_out=0.3, template="plain")
+    c.model.update(width=16, layers=1, heads=2)
+    c.optimizer.learning_rate = 1e-2
+    c.update_from_flattened_dict(keys)
+    run = check(c)
+    prepared = prepare(run.data, home / "cache")
+    return build(run, prepared.tokenizer.vocabulary_size), prepared
+
+
+class Training:
+    """A run by hand, as `train` does it: its batches have their columns."""
+
+    def __init__(self, home, work, **keys):
+        self.built, self.prepared = made(home, work, **keys)
+        self.checkpoints = Checkpoints(work / "checkpoints")
+        self.said = []
+        with jax.set_mesh(self.built.mesh):
+            self.state, self.at = restore_or_start(self.built, self.prepared, self.checkpoints)
+            first = None if self.at else self.state.params
+            self.beside = columns.ready(
+                self.built,
+                self.prepared,
+                self.checkpoints,
+                first,
+                cache=home / "cache",
+                writers=[True],
+                say=self.said.append,
+                progress=lambda *a: None,
+            )
+
+    def run(self, steps):
+        losses = []
+        with jax.set_mesh(self.built.mesh):
+            step, _ = self.built.step()
+            rows = feed(self.built.run, self.prepared, self.at, beside=self.beside)
+            for _ in range(steps):
+                batch = self.built.put(next(rows))
+                self.state, metrics = step(self.state, batch, jax.random.key(0))
+                losses.append(float(metrics["loss"]))
+            save(self.built, self.prepared, self.checkpoints, self.state, {})
+            self.checkpoints.wait()
+        return losses
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_precomputed_reference_trains_as_a_live_one(home, tmp_path, method):
+    live = Training(home, tmp_path / "live", method=method)
+    kept = Training(
+        home, tmp_path / "kept", method=method, **{f"{method}.reference": "precomputed"}
+    )
+    np.testing.assert_allclose(live.run(4), kept.run(4), atol=1e-6)
+    bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert bytes_of(live.state) - bytes_of(kept.state) == bytes_of(live.state.params)
+    assert not kept.state.extras
+
+
+def test_the_reference_is_that_of_the_start(home, tmp_path):
+    """Continued, the params are others: the column stays, also if it has to be made again."""
+    keys = {"method": "dpo", "dpo.reference": "precomputed", "seed": 3}
+    whole = Training(home, tmp_path / "whole", **keys).run(4)
+    first = Training(home, tmp_path / "cut", **keys)
+    losses = first.run(2)
+    again = Training(home, tmp_path / "cut", **keys)
+    assert again.at == 2
+    assert not again.said, "found in the cache"
+    record = {"source": np.array([0, 1]), "index": np.array([2, 1])}
+    kept = first.beside(record)["reference"]
+    for folder in (home / "cache" / "columns").iterdir():
+        for file in folder.glob("*.npy"):
+            file.unlink()
+    made_anew = Training(home, tmp_path / "cut", **keys)
+    assert made_anew.said, "was computed"
+    np.testing.assert_array_equal(made_anew.beside(record)["reference"], kept)
+    losses += made_anew.run(2)
+    np.testing.assert_allclose(losses, whole, atol=1e-6)
+
+
+def test_what_does_not_match_is_computed_anew(home, tmp_path):
+    keys = {"method": "dpo", "dpo.reference": "precomputed"}
+    told = lambda n, **more: bool(Training(home, tmp_path / str(n), **keys, **more).said)
+    assert told(0, seed=5)
+    assert not told(1, seed=5)
+    assert told(2, seed=6), "other params"
+    template = home / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert told(3, seed=5, **{"data.template": str(template)}), "another template"
+    assert told(4, seed=5, **{"data.length": 60}), "other records"
+    assert told(5, seed=5, **{"model.rope_theta": 500.0}), "the same params mean another model"
+
+
+def test_what_cannot_be_made_again_is_told(home, tmp_path):
+    keys = {"method": "dpo", "dpo.reference": "precomputed", "seed": 7}
+    Training(home, tmp_path / "run", **keys).run(1)
+    facts = tmp_path / "run" / "checkpoints" / "once" / "facts.json"
+    other = {"fingerprints": {"reference": "0" * 64}}
+    facts.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="cannot be made again"):
+        Training(home, tmp_path / "run", **keys)
+    facts.unlink()
+    with pytest.raises(ValueError, match="does not say which model"):
+        Training(home, tmp_path / "run", **keys)
+
+
+def test_too_large_is_told_before(home, tmp_path, monkeypatch):
+    keys = {"method": "dpo", "dpo.reference": "precomputed", "seed": 8}
+    free = columns.shutil.disk_usage(home)._replace(free=100)
+    monkeypatch.setattr(columns.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match=r"takes 3.*GB are free"):
+        Training(home, tmp_path / "run", **keys)
+
+
+def test_what_is_precomputed_cannot_follow():
+    with pytest.raises(ValueError, match="computed once, before training: it would never move"):
+        compose(dpo(reference="precomputed"), follow())
+    with pytest.raises(ValueError, match="the same rewards would be logged twice"):
+        dpo(reference="precomputed", initial=True)
+    with pytest.raises(ValueError, match="may be 'live' or 'precomputed'"):
+        dpo(reference="cached")
