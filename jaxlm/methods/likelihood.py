@@ -153,22 +153,30 @@ def _added(one, chunks):
     return jax.lax.scan(add, zeros, chunks)[0]
 
 
-def _forward(static, head, floats_N, heads, fixed_N):
-    """The sums, and all gradients of the loss for a cotangent of one."""
+def _forward(static, head, *rest):
+    """The sums, and all gradients of the loss for a cotangent of one; none of a frozen head."""
     of_chunk, parts = static
     each = _each(parts, of_chunk)
+    frozen = [None if x.perturbed else x.value for x in head]
+    head = [x.value if x.perturbed else None for x in head]
+    floats_N, heads, fixed_N = jax.tree.map(lambda x: x.value, rest)
 
     def add(carry, chunk):
         total, d_head = carry
         floats, fixed = chunk
+
+        def of_floats(head, floats):
+            whole = [f if h is None else h for h, f in zip(head, frozen, strict=True)]
+            return each(whole, floats, heads, fixed)
+
         # Parts do not touch each other, so the gradient of their sum is that of each.
-        of_floats = lambda head, floats: each(head, floats, heads, fixed)
         loss, pull, metrics = jax.vjp(of_floats, head, floats, has_aux=True)
         d_here, d_floats = pull(jnp.ones(parts, jnp.float32))
         return jax.tree.map(jnp.add, (total, d_head), ((loss, metrics), d_here)), d_floats
 
     first = jax.tree.map(lambda x: x[0], (floats_N, fixed_N))
-    shapes = jax.eval_shape(lambda chunk: each(head, chunk[0], heads, chunk[1]), first)
+    whole = [f if h is None else h for h, f in zip(head, frozen, strict=True)]
+    shapes = jax.eval_shape(lambda chunk: each(whole, chunk[0], heads, chunk[1]), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     carry = zeros, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), head)
     (total, d_head), d_floats_N = jax.lax.scan(add, carry, (floats_N, fixed_N))
@@ -190,7 +198,7 @@ def _backward(static, gradients, cotangents):
     return d_head, jax.tree.map(lambda g: scaled(g, 1), d_floats_N), None, None
 
 
-_summed.defvjp(_forward, _backward)
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _unembed(lm, params, hidden_NBCD, parts):
