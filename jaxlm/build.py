@@ -16,12 +16,12 @@ import optax
 from jaxlm import chips, flops, sharding
 from jaxlm.checkpoint.digest import named
 from jaxlm.config import Run
-from jaxlm.contract import LM, TrainState
+from jaxlm.contract import BASE, LM, TrainState, bound, whole
 from jaxlm.data.tokenizer import Tokenizer, same_ids
 from jaxlm.data.tokenizer import load as load_tokenizer
 from jaxlm.hf import folder as hf
 from jaxlm.hf.load import load as load_hf
-from jaxlm.models.transformer import DecoderConfig, decoder
+from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
 from jaxlm.optim.state import state_shardings
 from jaxlm.params import load as load_params
@@ -104,7 +104,7 @@ class Built(NamedTuple):
         fn = lambda params, batch: column.fn(lm, params, batch)
         if name in self.stored:
             return fn, sharding.abstract_params(lm, self.mesh)
-        return fn, self.abstract.params
+        return fn, self.abstract_model
 
     def column_fields(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a column's fields, of one record."""
@@ -159,15 +159,35 @@ class Built(NamedTuple):
         """A batch that every host holds whole, onto the mesh."""
         return sharding.put_rows(self.mesh, batch)
 
+    @property
+    def abstract_model(self):
+        """Shapes, dtypes and shardings of the model's own params, trained or an adapter's base."""
+        adapted = self.run.method.adapter is not None
+        return self.abstract.extras[BASE] if adapted else self.abstract.params
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers in each part of the model, and in the adapter where one is trained instead."""
+        parts = parameter_count_by_part(self.abstract_model)
+        if self.run.method.adapter:
+            parts["adapter"] = sum(x.size for x in jax.tree.leaves(self.abstract.params))
+        return parts
+
+    def whole(self, params, extras):
+        """Trained params, or an extra like them, as `lm` and `scorer` take them: with the base,
+        where they are an adapter's."""
+        if self.lm.low_rank or not self.run.method.adapter:
+            return whole(self.lm, self.run.method, params, extras)
+        return jax.jit(lambda *trees: whole(self.lm, self.run.method, *trees))(params, extras)
+
     def new_params(self):
-        """Fresh params, made on the devices where they will lie."""
-        layout = jax.tree.map(lambda x: x.sharding, self.abstract.params)
+        """Fresh params of the model, made on the devices where they will lie."""
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract_model)
         key = jax.random.key(self.run.seed)
         return jax.jit(self.lm.init, out_shardings=layout)(key)
 
     def load(self, path: str):
         """The params of a run, a checkpoint or a Hugging Face folder, laid out like ours."""
-        folder, wanted = Path(path).expanduser(), self.abstract.params
+        folder, wanted = Path(path).expanduser(), self.abstract_model
         if hf.is_one(folder) and not is_run(folder):
             return load_hf(hf.open_folder(folder), wanted, self.run.model)
         return load_params(folder, wanted, how=self.run.checkpoint.verify)
@@ -184,13 +204,17 @@ class Built(NamedTuple):
 
     def first_state(self) -> TrainState:
         """The state that a new run starts from."""
-        params = self.first_params()
-        method = dataclasses.replace(self.run.method, extras={})
+        base = params = self.first_params()
         layout = jax.tree.map(lambda x: x.sharding, self.abstract)._replace(extras={})
+        method = dataclasses.replace(self.run.method, extras={})
+        if method.adapter:
+            new = bound(self.lm, method, {BASE: base}).init
+            params = jax.jit(new, out_shardings=layout.params)(jax.random.key(self.run.seed))
         init = jax.jit(lambda p: init_state(p, method, self.tx), out_shardings=layout)
         # Outside the jitted init, since an extra may load its params from a file.
+        of = lambda name: base if name == BASE else params
         extras = {
-            name: self.load_other(name) if extra.model else extra.init(params, self.load)
+            name: self.load_other(name) if extra.model else extra.init(of(name), self.load)
             for name, extra in self.run.method.extras.items()
         }
         extras = jax.tree.map(
@@ -231,15 +255,17 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     lm = make(model, packed=packed)._replace(others=made(packed))
     run = dataclasses.replace(run, model=model)
     scorer = lm if packed else make(kept_apart(run))._replace(others=made(True))
-    sharding.refuse_replicated(lm.axes, jax.eval_shape(lm.init, jax.random.key(0)), mesh)
-    tx, schedule = build_optimizer(run.optimizer, run.steps, lm.axes)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    sharding.refuse_replicated(lm.axes, shapes, mesh)
+    trained = bound(lm, run.method, {BASE: shapes})
+    tx, schedule = build_optimizer(run.optimizer, run.steps, trained.axes)
     if run.method.wrap:
         tx = run.method.wrap(tx)
     tx = optax.with_extra_args_support(tx)
     abstract = abstract_state(run, mesh, lm, tx)
     if run.init.hf:
         source = hf.open_folder(Path(run.init.hf).expanduser())
-        hf.matched(source, of_layers(named(abstract.params)), model)
+        hf.matched(source, of_layers(named(shapes)), model)
     return Built(run, mesh, lm, tx, schedule, abstract, scorer, found)
 
 
@@ -289,20 +315,23 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     """Shapes and shardings of the state, without making it."""
     ours = {name: e for name, e in run.method.extras.items() if not e.model}
     method = dataclasses.replace(run.method, extras=ours)
-    shapes = jax.eval_shape(
-        lambda key: init_state(params := lm.init(key), method, tx, lambda path: params),
-        jax.random.key(0),
-    )
+    key = jax.random.key(0)
+    base = jax.eval_shape(lm.init, key)
+    trained = bound(lm, method, {BASE: base})
+    start = lambda base: init_state(trained.init(key), method, tx, lambda path: base, base)
+    shapes = jax.eval_shape(start, base)
     whole = sharding.replicated(mesh)
-    params = sharding.param_shardings(lm.axes, shapes.params, mesh)
-    opt_state = state_shardings(tx, shapes.params, lm.axes, mesh)
-    extras = {
-        name: params
-        if extra.axes is None
-        else sharding.param_shardings(extra.axes, shapes.extras[name], mesh)
-        for name, extra in ours.items()
-    }
+    opt_state = state_shardings(tx, shapes.params, trained.axes, mesh)
+    like_base = lambda tree: jax.tree.structure(tree) == jax.tree.structure(base)
+
+    def of_extra(name, axes):
+        if axes is None:
+            axes = lm.axes if like_base(shapes.extras[name]) else trained.axes
+        return sharding.param_shardings(axes, shapes.extras[name], mesh)
+
+    extras = {name: of_extra(name, extra.axes) for name, extra in ours.items()}
     rest = jax.tree.map(lambda _: whole, shapes)
+    params = sharding.param_shardings(trained.axes, shapes.params, mesh)
     layout = rest._replace(params=params, opt_state=opt_state, extras=extras)
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
     state = jax.tree.map(place, shapes, layout)

@@ -1,7 +1,8 @@
-"""The five seams between the training loop and a method.
+"""The seams between the training loop and a method.
 
 A method is a value of type `Method`: a handful of pure functions, each optional. The step calls
-them in one order (select, objective, wrap, between) and never asks which method it is running.
+them in one order (adapter, select, objective, wrap, between) and never asks which method it is
+running.
 
 A batch is a flat dict of arrays; B rows, L positions. Packed language-model batches hold
   tokens    [B, L] int32    what the model reads
@@ -26,6 +27,7 @@ import optax
 Params = Any  # plain nested dict of arrays
 Batch = Mapping[str, jax.Array]
 Extras = Mapping[str, Any]  # name -> pytree: reference params, teacher params, masks
+BASE = "base"  # the extra that holds the model's own params where an adapter's are trained
 
 
 class LM(NamedTuple):
@@ -51,6 +53,8 @@ class LM(NamedTuple):
     which have to fit into the cache. Both read tokens, segments (0 = padding) and positions."""
     others: Mapping[str, "LM"] = MappingProxyType({})
     """Models of another shape (`Extra.model`, `Column.model`) by the extra's or column's name."""
+    low_rank: bool = False
+    """Whether params may hold factors beside a kernel, whose product adds to it (`models.lora`)."""
 
 
 class Aux(NamedTuple):
@@ -122,6 +126,20 @@ class Between(NamedTuple):
     fn: Callable[[Params, Extras], Extras]
 
 
+class Adapter(NamedTuple):
+    """Params that are trained in place of a model's own, which stay as they are: the extra `BASE`.
+
+    `TrainState.params` then are the adapter's, and all that is like them: gradients, moments, a
+    reference that starts as a copy of them.
+    """
+
+    bind: Callable[[LM, Params], LM]
+    """(lm, base) -> the model of the adapter's params alone, as selector and objective see it. It
+    takes the params of a whole model too. Of a base of shapes only `init` and `axes` are used."""
+    whole: Callable[[LM, Params, Params], Params]
+    """(lm, base, params) -> params that `lm` itself takes, for evaluation and generation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Optional parts; see the module docstring for when each is called."""
@@ -137,13 +155,15 @@ class Method:
     routes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Field of the batch, [B] float32 -> the sources whose rows have 1 there; others have 0."""
     columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
+    adapter: Adapter | None = None  # brings the extra `BASE` too
 
 
 def compose(*parts: Method) -> Method:
     """Merges methods into one.
 
     Wraps nest with the first part outermost: it sees the gradients first. Raises `ValueError` for
-    two objectives, two selectors, two extras of one name, or a `between` writing an unknown extra.
+    two objectives, selectors or adapters, two extras of one name, or a `between` writing an unknown
+    extra.
     """
 
     def only(field):
@@ -192,7 +212,18 @@ def compose(*parts: Method) -> Method:
         between=between,
         routes=merged("routes"),
         columns=columns,
+        adapter=only("adapter"),
     )
+
+
+def bound(lm: LM, method: Method, extras: Extras) -> LM:
+    """The model as a method's functions see it: of the adapter's params, where there is one."""
+    return method.adapter.bind(lm, extras[BASE]) if method.adapter else lm
+
+
+def whole(lm: LM, method: Method, params: Params, extras: Extras) -> Params:
+    """Trained params as `lm` takes them: with the base, where they are an adapter's."""
+    return method.adapter.whole(lm, extras[BASE], params) if method.adapter else params
 
 
 def copy_of_params(params: Params, load: Callable[[str], Params]) -> Params:

@@ -80,10 +80,7 @@ def to_hf(
     model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
 
-    def load(names):
-        wanted = {"params": {name: shapes[name] for name in names}}
-        return storage.load(place, wanted, "sizes", part=True)["params"]
-
+    load = lambda names: params.read(place, {name: shapes[name] for name in names})
     with _new_folder(out) as half:
         export.write(
             half, family, model.options, shapes, load, dtype=dtype, shard_bytes=shard_bytes

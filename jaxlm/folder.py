@@ -22,7 +22,6 @@ from jaxlm.config import Run
 from jaxlm.data import chat, tokenizer
 from jaxlm.hf import kept
 from jaxlm.host import cluster
-from jaxlm.models.transformer import parameter_count_by_part
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -128,7 +127,7 @@ def write_run(built, prepared, flops: float, peak: tuple[float, str], command: s
     if run.init.hf and not (run.workdir / "model.json").is_file():
         source = Path(run.init.hf).expanduser()
         kept.write(run.workdir, kept.of_hf(source, run.model))
-    parts = parameter_count_by_part(built.abstract.params)
+    parts = built.parameters()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write(
         path,

@@ -106,11 +106,12 @@ class Observer:
 
     def compile(self, state) -> None:
         """Compiles what evaluation and sampling need, so that nothing does later."""
+        params = self.built.whole(state.params, state.extras)
         if self.held.rows:
-            self.held.compile(state.params)
+            self.held.compile(params)
         self.judged.compile(state.params, state.extras)
         if self.sample_at and (asked := list(self._asked().values())):
-            self.generator.compile(state.params, asked, SAMPLING)
+            self.generator.compile(params, asked, SAMPLING)
 
     def due(self, step: int) -> bool:
         """Whether there is something to look at after this step; the last one is for `results`."""
@@ -160,7 +161,7 @@ class Observer:
 
     def _scored(self, params, state):
         """(bits of held-out texts, all figures) of params."""
-        bits = self.held.bits(params, self._tick)
+        bits = self.held.bits(self.built.whole(params, state.extras), self._tick)
         judged = self.judged.figures(params, state.extras, self._tick)
         return bits, self.held.figures(bits) | judged
 
@@ -185,7 +186,8 @@ class Observer:
         assert self.tasks
         try:
             with self.clock("evaluate"):
-                results = self.tasks.results(state.params, writer=cluster.process() == 0)
+                params = self.built.whole(state.params, state.extras)
+                results = self.tasks.results(params, writer=cluster.process() == 0)
         except ValueError as error:  # of one request among many: no reason to end a run
             self.console.warn(f"step {step:,}: the tasks could not be evaluated: {error}")
             return {}, {}
@@ -211,7 +213,8 @@ class Observer:
         with self.clock("sample"):
             self.console.note("writing continuations")
             asked = self._asked()
-            found = self.generator(state.params, list(asked.values()), SAMPLING)
+            params = self.built.whole(state.params, state.extras)
+            found = self.generator(params, list(asked.values()), SAMPLING)
             for (name, request), result in zip(asked.items(), found, strict=True):
                 record = {
                     "step": step,

@@ -98,7 +98,7 @@ def _run(found: Stored, run: Run, step, spec, devices, say):
     run = dataclasses.replace(run, mesh=spec, batch=ways, accumulate=1, method=method)
     with jax.set_mesh(mesh):
         built = build(run, tokenizer.vocabulary_size, devices)
-        params = found.load(built.abstract.params, step=step, say=say)
+        params = found.load(built.abstract_model, step=step, say=say)
     ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
     if run.data.structured:  # the template's, which ended each answer in training
         ends |= chat.stops(tokenizer, found.tokenizer)

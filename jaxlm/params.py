@@ -2,6 +2,9 @@
 
 A stack is an array under `blocks` with a leading layer axis (`models.transformer`). The path of one
 layer's array, stacked or not, is written "blocks/<layer>/...".
+
+Where a checkpoint holds adapters (`models.lora`) its model is the base that the run saved once,
+with their products added.
 """
 
 import functools
@@ -13,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import jaxlm.models.lora as lora
 from jaxlm.checkpoint import find, storage
 from jaxlm.checkpoint.digest import named, verify
+from jaxlm.contract import BASE
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -37,19 +42,61 @@ def load(
     folder, checked = find(path, step=step, verify=how, say=say)
     wanted, there = named(abstract), saved_shapes(folder)
     same = all(x.dtype == wanted[n].dtype for n, x in there.items() if n in wanted)
-    fits = of_layers(there) == of_layers(wanted)
-    if not fits or (same and there.keys() == wanted.keys()):
+    fits, plain = of_layers(there) == of_layers(wanted), _base(folder) is None
+    if plain and (not fits or (same and there.keys() == wanted.keys())):
         how = "sizes" if checked else how
         return storage.load(folder, {"params": abstract}, how)["params"]  # or what differs
     if not checked:
         verify(folder, how)
+    if base := _base(folder):
+        verify(base, how)
     return assembled(abstract, _layers(folder, there, wanted))
 
 
 def saved_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name of each array of a checkpoint's params -> its shape and dtype."""
-    saved = storage.read(folder).trees.get("params", {})
+    """Name of each array of a checkpoint's model -> its shape and dtype."""
+    base = _base(folder)
+    return _shapes(base, BASE) if base else _shapes(folder, "params")
+
+
+def read(folder: Path, structs: Shapes) -> dict[str, jax.Array]:
+    """Some arrays of a checkpoint's model by name, laid out as `structs` say; verified before."""
+    if not (base := _base(folder)):
+        return storage.load(folder, {"params": structs}, "sizes", part=True)["params"]
+    arrays = storage.load(base, {BASE: structs}, "sizes", part=True)[BASE]
+    config, there = storage.read(folder).about["config"], _shapes(folder, "params")
+    scale = lora.scale(*(config[f"lora.{knob}"] for knob in ("rank", "alpha", "rslora")))
+    for name in arrays:
+        beside = [name.removesuffix(lora.KERNEL) + factor for factor in (lora.A, lora.B)]
+        if beside[0] not in there:
+            continue
+        wanted = {"params": {factor: there[factor] for factor in beside}}
+        factors = storage.load(folder, wanted, "sizes", part=True)["params"]
+        layout = arrays[name].sharding
+        parts = jax.device_put([factors[factor] for factor in beside], _everywhere(layout))
+        arrays[name] = _added(layout)(arrays[name], *parts, scale)
+    return arrays
+
+
+def _shapes(folder, item):
+    saved = storage.read(folder).trees.get(item, {})
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
+
+
+def _base(folder: Path) -> Path | None:
+    """Where a checkpoint of adapters has its base; None for one of a whole model.
+
+    Raises `ValueError` if it is not there.
+    """
+    if not any(name.endswith(lora.A) for name in storage.read(folder).trees.get("params", {})):
+        return None
+    base = folder.parent / "once" / BASE
+    if not base.is_dir():
+        raise ValueError(
+            f"{folder} holds adapters alone, and {base}, the model that they belong to, is not "
+            "there: put it back, or name the run's work folder itself"
+        )
+    return base
 
 
 def places(shapes: Shapes) -> dict[str, tuple[str, int | None]]:
@@ -113,7 +160,7 @@ def _layers(folder: Path, there: Shapes, wanted: Shapes):
             saved, leaf = there[held[path][0]], wanted[needed[path][0]]
             layout = layout_of(leaf, saved.ndim)
             structs[held[path][0]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=layout)
-        arrays = storage.load(folder, {"params": structs}, "sizes", part=True)["params"]
+        arrays = read(folder, structs)
         for path in paths:
             name, layer = held[path]
             yield path, arrays[name] if layer is None else arrays[name][layer]
@@ -136,6 +183,19 @@ def _batches(there: Shapes, held, needed) -> Iterable[set[str]]:
 @functools.cache
 def _cast(dtype, layout):
     return jax.jit(lambda x: x.astype(dtype), out_shardings=layout)
+
+
+@functools.cache
+def _added(layout):
+    """(kernel, A, B, scale) -> the kernel with the product, in place."""
+    return jax.jit(lora.added, donate_argnums=0, out_shardings=layout)
+
+
+def _everywhere(layout):
+    """The layout of a whole copy on each of its devices."""
+    if not isinstance(layout, NamedSharding):
+        return layout
+    return NamedSharding(layout.mesh, PartitionSpec())
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.contract import LM, Method, TrainState
+from jaxlm.contract import BASE, LM, Method, TrainState, bound
 
 GUARD_MEMORY = 0.98  # of the running mean and variance of the loss that the spike guard reads
 GUARD_WARMUP = 100  # steps it watches before it judges
@@ -23,9 +23,13 @@ def init_guard():
     return {name: jnp.zeros((), kind) for name, kind in kinds.items()}  # one buffer each: donated
 
 
-def init_state(params, method: Method, tx, load: Any = None) -> TrainState:
-    """The state at the start of a run. Traceable where no extra calls `load`."""
-    extras = {name: extra.init(params, load) for name, extra in method.extras.items()}
+def init_state(params, method: Method, tx, load: Any = None, base: Any = None) -> TrainState:
+    """The state at the start of a run. Traceable where no extra calls `load`.
+
+    `params`: those that are trained; `base`: the model's, where an adapter's are trained instead.
+    """
+    of = lambda name: base if name == BASE else params
+    extras = {name: extra.init(of(name), load) for name, extra in method.extras.items()}
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extras, init_guard())
 
 
@@ -46,16 +50,17 @@ def make_step(
         raise ValueError("this objective is no sum over rows, so --config.accumulate must be 1")
 
     def step(state, batch, key):
+        here = bound(lm, method, state.extras)
         select_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         metrics = {}
         if method.select:
             with jax.named_scope("select"):
-                batch, metrics = method.select(lm, state.params, state.extras, batch, select_key)
+                batch, metrics = method.select(here, state.params, state.extras, batch, select_key)
             audit = {"selected/source": batch["source"], "selected/index": batch["index"]}
             metrics = metrics | audit
 
         def micro_grads(micro_batch, micro_key):
-            loss_fn = lambda p: objective(lm, p, state.extras, micro_batch, micro_key)
+            loss_fn = lambda p: objective(here, p, state.extras, micro_batch, micro_key)
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             return loss, aux, grads
 
@@ -104,7 +109,7 @@ def make_score(lm: LM, method: Method, *, whole=None):
     assert objective
 
     def score(params, extras, batch):
-        loss, aux = objective(lm, params, extras, batch, None)
+        loss, aux = objective(bound(lm, method, extras), params, extras, batch, None)
         found = {name: weighed(each, aux.weight) for name, each in aux.metrics.items()}
         return {"loss": (loss, aux.weight)} | found
 

@@ -9,7 +9,6 @@ from jaxlm import folder, goodput, metrics
 from jaxlm.data import mix
 from jaxlm.folder import describe_device
 from jaxlm.host.console import Console
-from jaxlm.models.transformer import parameter_count_by_part
 
 FOOTNOTE = (
     "xz primed has read the text that the model was trained on; the model saw the same text, and "
@@ -133,7 +132,7 @@ def dry_run(console: Console, built, prepared) -> int:
     console.say("\nThe resolved config (* = differs from the defaults):")
     for key, value in sorted(run.config.items()):
         console.say(f"  {'*' if key in run.changed else ' '} --config.{key}={value}")
-    parts = parameter_count_by_part(built.abstract.params)
+    parts = built.parameters()
     console.say("\nParameters:")
     console.table([(k, f"{v:,}") for k, v in (parts | {"total": sum(parts.values())}).items()])
     tokens = run.steps * run.tokens_per_step

@@ -22,7 +22,7 @@ from jaxlm import columns, commandline, folder, report, sharding, summary, tasks
 from jaxlm.build import Built, build, require_same_tokens
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
-from jaxlm.contract import TrainState
+from jaxlm.contract import BASE, TrainState
 from jaxlm.data.batches import batches
 from jaxlm.data.mix import parse_stages
 from jaxlm.data.prepare import Prepared
@@ -239,7 +239,8 @@ def _beside(built, prepared, console, clock, checkpoints, state):
             built,
             prepared,
             checkpoints,
-            state and state.params,
+            # At the start an adapter adds nothing to its base.
+            state and state.extras.get(BASE, state.params),
             cache=cache,
             writers=together.writers(cache),
             say=console.say,

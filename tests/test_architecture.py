@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "host": {"host"},
     "sharding": {"contract"},
     "checkpoint": {"checkpoint", "contract", "host"},
-    "params": {"checkpoint", "contract", "host"},
+    "params": {"checkpoint", "contract", "host", "models.lora"},
     "hf": {"hf", "params", "models", "checkpoint", "contract"},
     "stored": {"config", "data", "hf", "models", "params"},
     "fingerprint": {"checkpoint"},
@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "models": {"models", "contract", "sharding"},
     "optim": {"optim", "contract", "sharding"},
     "data": {"data", "contract", "sharding"},
-    "methods": {"contract", "sharding", "methods.likelihood", "methods.responses"},
+    "methods": {
+        *("contract", "sharding", "methods.likelihood", "methods.responses", "models.lora"),
+    },
     "evals": {"evals", "contract", "sharding", "generate", "data", "methods.likelihood"},
     "generate": {
         *("generate", "contract", "sharding", "data.tokenizer", "data.chat", "data.examples"),

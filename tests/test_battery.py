@@ -22,13 +22,14 @@ import pytest
 import toy
 
 from jaxlm import optim
-from jaxlm.contract import Method, compose
+from jaxlm.contract import BASE, Method, bound, compose
 from jaxlm.methods.distill import distill
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.ema import ema
 from jaxlm.methods.follow import follow
 from jaxlm.methods.kto import kto
 from jaxlm.methods.learnability import learnability
+from jaxlm.methods.lora import lora
 from jaxlm.methods.migu import migu
 from jaxlm.methods.next_token import next_token
 from jaxlm.methods.orpo import orpo
@@ -74,6 +75,7 @@ taught = functools.partial(distill, teacher="teacher", temperature=2.0, weight=0
 aligned = functools.partial(distill, teacher="teacher", expert="expert", expert_sources="code")
 half = functools.partial(learnability, filter_ratio=0.5, reference="a finished run")
 often = functools.partial(follow, every=2, alpha=0.6)
+small = functools.partial(lora, rank=4, alpha=8.0)
 
 ENTRIES = {
     "next_token": Entry((next_token,)),
@@ -93,6 +95,10 @@ ENTRIES = {
     "next_token + ema": Entry((next_token, ema)),
     "next_token + migu, decoder": Entry((next_token, migu), optimizer="muon", model="decoder"),
     "dpo + follow, decoder": Entry((dpo, often), toy.pairs, model="decoder"),
+    "dpo + lora + follow": Entry((dpo, small, often), toy.pairs),
+    "next_token + lora + migu, decoder": Entry(
+        (next_token, small, migu), optimizer="muon", model="decoder"
+    ),
 }
 every_entry = pytest.mark.parametrize("name", ENTRIES)
 
@@ -137,14 +143,18 @@ class Training:
         self.lm = lm = model(self.entry.model, scan)._replace(others=TEACHERS)
         self.method = method = self.entry.method
         spec = optim.OptimizerSpec(name=self.entry.optimizer, learning_rate=1e-3)
-        self.tx, _ = optim.build(spec, 10, lm.axes)
+        base = self.params(0)
+        self.trained = bound(lm, method, {BASE: base})
+        self.tx, _ = optim.build(spec, 10, self.trained.axes)
         self.tx = method.wrap(self.tx) if method.wrap else self.tx
         self.mesh = make_mesh(MeshSpec(fsdp=4, tensor=2)) if sharded else None
         load = lambda path: first_params_of(path) if path in TEACHERS else self.params(7)
-        first = init_state(self.params(0), method, self.tx, load)
+        params = self.trained.init(jax.random.key(0)) if method.adapter else base
+        first = init_state(params, method, self.tx, load, base)
         # Away from a reference that starts as the params: at equality rounding decides a margin's
         # sign, and so DPO's accuracy.
-        self.first = jax.device_get(first._replace(params=self.params(5)))
+        away = jax.tree.map(_away, params) if method.adapter else self.params(5)
+        self.first = jax.device_get(first._replace(params=away))
         shardings = self._shardings(self.first) if sharded else None
         self.start = lambda: jax.device_put(self.first, shardings)
         self.step = make_step(lm, method, self.tx, accumulate=accumulate, shardings=shardings)
@@ -172,15 +182,23 @@ class Training:
         whole = jax.NamedSharding(self.mesh, jax.P())
         of = lambda axes, shapes: param_shardings(axes, shapes, self.mesh)
         extras = self.method.extras
-        like = {name: TEACHERS[e.model] if e.model else self.lm for name, e in extras.items()}
+        own = lambda name: self.lm if name == BASE else self.trained
+        like = {name: TEACHERS[e.model] if e.model else own(name) for name, e in extras.items()}
         axes = {name: like[name].axes if e.axes is None else e.axes for name, e in extras.items()}
         return state._replace(
             step=whole,
-            params=of(self.lm.axes, state.params),
-            opt_state=optim.state_shardings(self.tx, state.params, self.lm.axes, self.mesh),
+            params=of(self.trained.axes, state.params),
+            opt_state=optim.state_shardings(self.tx, state.params, self.trained.axes, self.mesh),
             extras={name: of(axes[name], state.extras[name]) for name in axes},
             guard=jax.tree.map(lambda _: whole, state.guard),
         )
+
+
+def _away(x):
+    """A number more for each entry of the last two axes, the same in every layer."""
+    rows, columns = x.shape[-2:]
+    more = 0.1 * jnp.cos(jnp.arange(rows * columns, dtype=x.dtype))
+    return x + more.reshape((1,) * (x.ndim - 2) + (rows, columns))
 
 
 training = functools.cache(Training)
@@ -281,17 +299,21 @@ def test_resuming_changes_no_bit(name):
 def test_no_type_is_promoted_silently(name):
     of = training(name)
     first, rows, key = of.first, of.batches()[0], jax.random.key(0)
+    seen = lambda extras: bound(of.lm, of.method, extras)
     with jax.numpy_dtype_promotion("strict"):
         if of.method.select:
             rows, _ = jax.eval_shape(
-                lambda *a: of.method.select(of.lm, *a), first.params, first.extras, rows, key
+                lambda p, e, *a: of.method.select(seen(e), p, e, *a),
+                *(first.params, first.extras, rows, key),
             )
         jax.eval_shape(
-            lambda *a: of.method.objective(of.lm, *a), first.params, first.extras, rows, key
+            lambda p, e, *a: of.method.objective(seen(e), p, e, *a),
+            *(first.params, first.extras, rows, key),
         )
 
 
-FROZEN = [n for n, e in ENTRIES.items() if {"reference", "teacher"} & e.method.extras.keys()]
+OF_FROZEN = {"reference", "teacher", BASE}
+FROZEN = [name for name, entry in ENTRIES.items() if OF_FROZEN & entry.method.extras.keys()]
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -300,7 +322,8 @@ def test_extras_get_no_gradient(name):
     state, rows = of.start(), of.batches()[0]
 
     def loss(extras):
-        return of.method.objective(of.lm, state.params, extras, rows, jax.random.key(0))[0]
+        lm = bound(of.lm, of.method, extras)
+        return of.method.objective(lm, state.params, extras, rows, jax.random.key(0))[0]
 
     slope = jax.jit(jax.grad(loss))(of.between(2, state).extras)
     assert not any(np.any(x) for x in jax.tree.leaves(slope))

@@ -3,13 +3,37 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxlm.contract import Between, Extra, Method, compose, copy_of_params
+from jaxlm.contract import (
+    BASE,
+    Adapter,
+    Between,
+    Extra,
+    Method,
+    bound,
+    compose,
+    copy_of_params,
+    whole,
+)
 
 
 def test_two_objectives_are_refused():
     objective = lambda *a: None
     with pytest.raises(ValueError, match="2 of the composed methods bring their own objective"):
         compose(Method(objective), Method(objective))
+
+
+def test_two_adapters_are_refused():
+    part = Method(adapter=Adapter(lambda lm, base: lm, lambda lm, base, params: params))
+    with pytest.raises(ValueError, match="2 of the composed methods bring their own adapter"):
+        compose(part, part)
+    assert compose(part, Method()).adapter is part.adapter
+
+
+def test_a_bound_model_is_that_of_the_base():
+    part = Method(adapter=Adapter(lambda lm, base: (lm, base), lambda lm, base, p: (base, p)))
+    assert bound("lm", part, {BASE: 1}) == ("lm", 1)
+    assert whole("lm", part, 2, {BASE: 1}) == (1, 2)
+    assert (bound("lm", Method(), {}), whole("lm", Method(), 2, {})) == ("lm", 2)
 
 
 def test_extras_of_one_name_are_refused():

@@ -20,6 +20,7 @@ from jaxlm.methods import (
     follow,
     kto,
     learnability,
+    lora,
     migu,
     next_token,
     orpo,
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "migu": migu.migu,
     "learnability": learnability.learnability,
     "ema": ema.ema,
+    "lora": lora.lora,
 }
 
 

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxlm.models import layers
+from jaxlm.models import layers, lora
 from jaxlm.models.attention_shards import axes_of
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
+from jaxlm.models.products import needed
 
 FEWEST = 64  # rows of a block, where there are as many: fewer and reading the kernel takes longer
 
@@ -51,9 +52,18 @@ class Kernel(nnx.Module):
         shape = config.experts, inputs, outputs
         self.kernel = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
         self.axes = "experts", *layers.KERNEL_AXES[name]
+        self.low_rank = None
 
     def __call__(self, dtype):
-        return layers.gathered(self.kernel, dtype, *self.axes)
+        """The kernel, and the factors beside it if there are such."""
+        expert, takes, gives = self.axes
+        kernels = [layers.gathered(self.kernel, dtype, *self.axes)]
+        if self.low_rank is not None:
+            kernels += [
+                layers.gathered(self.low_rank[lora.A], dtype, expert, takes, None),
+                layers.gathered(self.low_rank[lora.B], dtype, expert, None, gives),
+            ]
+        return tuple(kernels)
 
 
 class Experts(nnx.Module):
@@ -113,33 +123,45 @@ def load_balance(routed: Routed) -> jax.Array:
 @jax.custom_vjp
 def grouped_product(x_SI: jax.Array, kernel_EIO: jax.Array, expert_B: jax.Array) -> jax.Array:
     """Each block of rows times the kernel of its expert, [S, O]; B blocks, in the order of rows."""
-    return _forward(x_SI, kernel_EIO, expert_B)[0]
+    return _multiplied(x_SI, kernel_EIO, expert_B)
 
 
-def _forward(x_SI, kernel_EIO, expert_B):
+def _multiplied(x_SI, kernel_EIO, expert_B):
     def one(_, block):
         x_NI, expert = block
         return None, x_NI @ kernel_EIO[expert]
 
     y_BNO = jax.lax.scan(one, None, (_blocks(x_SI, expert_B), expert_B))[1]
-    return y_BNO.reshape(len(x_SI), -1), (x_SI, kernel_EIO, expert_B)
+    return y_BNO.reshape(len(x_SI), -1)
+
+
+def _forward(x_SI, kernel_EIO, expert_B):
+    y_SO = _multiplied(x_SI.value, kernel_EIO.value, expert_B.value)
+    # The kernel is stored in any case, for its shape: it is there anyway.
+    x_SI, _ = needed(x_SI, kernel_EIO)
+    return y_SO, (x_SI, kernel_EIO.value, expert_B.value)
 
 
 def _backward(saved, d_SO):
     x_SI, kernel_EIO, expert_B = saved
+    trained = x_SI is not None
 
     def one(d_kernel_EIO, block):
         x_NI, d_NO, expert = block
-        d_here_IO = jnp.einsum("NI,NO->IO", x_NI, d_NO, preferred_element_type=jnp.float32)
-        return d_kernel_EIO.at[expert].add(d_here_IO), d_NO @ kernel_EIO[expert].T
+        if trained:
+            d_here_IO = jnp.einsum("NI,NO->IO", x_NI, d_NO, preferred_element_type=jnp.float32)
+            d_kernel_EIO = d_kernel_EIO.at[expert].add(d_here_IO)
+        return d_kernel_EIO, d_NO @ kernel_EIO[expert].T
 
-    zeros = jnp.zeros(kernel_EIO.shape, jnp.float32)
-    blocks = _blocks(x_SI, expert_B), _blocks(d_SO, expert_B), expert_B
+    zeros = jnp.zeros(kernel_EIO.shape, jnp.float32) if trained else None
+    blocks = _blocks(x_SI, expert_B) if trained else None, _blocks(d_SO, expert_B), expert_B
     d_kernel_EIO, d_x_BNI = jax.lax.scan(one, zeros, blocks)
-    return d_x_BNI.reshape(x_SI.shape), d_kernel_EIO.astype(kernel_EIO.dtype), None
+    if d_kernel_EIO is not None:
+        d_kernel_EIO = d_kernel_EIO.astype(kernel_EIO.dtype)
+    return d_x_BNI.reshape(len(d_SO), -1), d_kernel_EIO, None
 
 
-grouped_product.defvjp(_forward, _backward)
+grouped_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _blocks(x_SI, expert_B):
@@ -176,7 +198,7 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
     """
     B, L, C = chosen_BLC.shape
     x_TD, expert_P = x_BLD.reshape(B * L, -1), chosen_BLC.reshape(-1)
-    E = len(kernels["up"])
+    E = len(kernels["up"][0])
     size = block_size(len(expert_P), E)
     slot_P, expert_B = slots(expert_P, E, size)
     S = len(expert_B) * size
@@ -193,14 +215,14 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
         sums = of_expert(size_SO.reshape(len(expert_B), size, -1).sum(1))
         return _sum((sums, of_expert(mask_S.reshape(-1, size).sum(1))), token_axes)
 
-    found = {"up": grouped_product(x_SD, kernels["up"], expert_B)}
+    found = {"up": _product(x_SD, kernels["up"], expert_B)}
     inner_SF = found["up"]
     if "gate" in kernels:
-        found["gate"] = grouped_product(x_SD, kernels["gate"], expert_B)
+        found["gate"] = _product(x_SD, kernels["gate"], expert_B)
         inner_SF = nonlinearity(found["gate"]) * inner_SF
     else:
         inner_SF = nonlinearity(inner_SF)
-    part_SD = grouped_product(inner_SF, kernels["down"], expert_B)  # of the width that is here
+    part_SD = _product(inner_SF, kernels["down"], expert_B)  # of the width that is here
     part_TCD = part_SD[slot_P].reshape(B * L, C, -1).astype(jnp.float32)
     part_TD = jnp.sum(part_TCD * weights_BLC.reshape(B * L, C, 1), axis=1).astype(x_TD.dtype)
     y_BLD = _sum(part_TD, ffn_axes).reshape(x_BLD.shape)
@@ -209,20 +231,32 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
     return y_BLD, {name: tap(y_SO) for name, y_SO in known.items()}
 
 
+def _product(x_SI, kernels, expert_B):
+    """With the product of the factors beside a kernel added, if there are such."""
+    kernel_EIO, *factors = kernels
+    y_SO = grouped_product(x_SI, kernel_EIO, expert_B)
+    if not factors:
+        return y_SO
+    inner_SR = grouped_product(x_SI, factors[0], expert_B)
+    return y_SO + grouped_product(inner_SR, factors[1], expert_B)
+
+
 def _on_each_device(apply, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
     mesh = jax.sharding.get_abstract_mesh()
     operands = kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL
     if mesh.empty or (mesh.size == 1 and not mesh.are_all_axes_explicit):
         return apply((), (), *operands)
-    (B, L), F = mask_BL.shape, kernels["up"].shape[2]
+    (B, L), F = mask_BL.shape, kernels["up"][0].shape[2]
     rows, length, ffn = (
         axes_of(mesh, n, size) for n, size in (("batch", B), ("length", L), ("ffn", F))
     )
     tokens, features = PartitionSpec(rows, length), PartitionSpec(rows, length, None)
     units = {name: None if name == "down" else ffn for name in kernels}  # what kernels give
-    of_kernels = {
-        name: PartitionSpec(None, ffn if name == "down" else None, units[name]) for name in kernels
-    }
+    of_kernels = {}
+    for name, (_, *factors) in kernels.items():
+        takes, gives = ffn if name == "down" else None, units[name]
+        beside = PartitionSpec(None, takes, None), PartitionSpec(None, None, gives)
+        of_kernels[name] = PartitionSpec(None, takes, gives), *(beside if factors else ())
     of_taps = {n: (PartitionSpec(None, axes), PartitionSpec(None)) for n, axes in units.items()}
     specs = of_kernels, features, features, features, tokens
     if mesh.are_all_axes_explicit:

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
-from jaxlm.models import cache, rope
+from jaxlm.models import cache, lora, rope
 from jaxlm.models.attention import attention
 from jaxlm.models.masks import Places
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
@@ -96,7 +96,10 @@ class Norm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """y = x·W (+ b), and its tap. `name` is the kernel's row in `KERNEL_AXES`."""
+    """y = x·W (+ b) (+ x·A·B), and its tap. `name` is the kernel's row in `KERNEL_AXES`.
+
+    `low_rank`: factors beside the kernel (`models.lora`), set where the params hold such.
+    """
 
     def __init__(self, name, inputs, outputs, config, rngs, *, variance=1.0, bias=False):
         draw = truncated_normal(config.init_scale**2 * variance)
@@ -104,16 +107,29 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype)) if bias else None
         self.axes = KERNEL_AXES[name]
         self.quantize = config.quantize
+        self.low_rank = None
 
     def __call__(self, x_BLI, mask_BL):
         takes, gives = self.axes
+        taps = {}
         kernel_IO = gathered(self.kernel, x_BLI.dtype, takes, gives)
         y_BLO: jax.Array = project(x_BLI, kernel_IO, takes, gives, self.quantize)
         if self.bias is not None:
             y_BLO += gathered(self.bias, x_BLI.dtype, gives)[None, None]
-        size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
-        tap = jnp.sum(size_BLO * mask_BL[:, :, None], axis=(0, 1)), jnp.sum(mask_BL)
-        return y_BLO, {"kernel": tap}
+        if self.low_rank is not None:
+            read_BLI = lora.dropped(x_BLI, self.low_rank.get(lora.DROP))
+            down_IR = gathered(self.low_rank[lora.A], x_BLI.dtype, takes, None)
+            up_RO = gathered(self.low_rank[lora.B], x_BLI.dtype, None, gives)
+            inner_BLR: jax.Array = project(read_BLI, down_IR, takes, None)
+            added_BLO: jax.Array = project(inner_BLR, up_RO, None, gives)
+            y_BLO += added_BLO
+            taps[lora.A] = _tap(inner_BLR, mask_BL)
+        return y_BLO, {"kernel": _tap(y_BLO, mask_BL), **taps}
+
+
+def _tap(y_BLO, mask_BL):
+    size_BLO = jnp.abs(jax.lax.stop_gradient(y_BLO)).astype(jnp.float32)
+    return jnp.sum(size_BLO * mask_BL[:, :, None], axis=(0, 1)), jnp.sum(mask_BL)
 
 
 class SelfAttention(nnx.Module):
@@ -203,7 +219,7 @@ class FeedForward(nnx.Module):
         return y_BLD, taps, None
 
 
-def gathered(param: nnx.Param, dtype, *logical):
+def gathered(param, dtype, *logical):
     """A param in the compute dtype, whole along the axis that only its storage splits.
 
     Cast first: in bfloat16 that halves what travels between devices. Its gradient is asked for as

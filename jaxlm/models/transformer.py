@@ -26,7 +26,7 @@ from flax import nnx
 
 from jaxlm import sharding
 from jaxlm.contract import LM, Params
-from jaxlm.models import attention_ring, cache, experts, layers, lookup, pattern, rope
+from jaxlm.models import attention_ring, cache, experts, layers, lookup, lora, pattern, rope
 from jaxlm.models.masks import Places, document_lengths
 from jaxlm.models.options import REMAT, DecoderConfig, resolve
 from jaxlm.models.products import float32_product
@@ -206,17 +206,29 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, scanned), shapes)
-    return LM(init, hidden, unembed, axes, config.loss_chunk, head, begin, extend)
+    return LM(init, hidden, unembed, axes, config.loss_chunk, head, begin, extend, low_rank=True)
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
-    """A module as two functions: key -> plain dict of params, and that dict -> module."""
+    """A module as two functions: key -> plain dict of params, and that dict -> module.
+
+    The dict may hold factors beside kernels (`models.lora`), which the modules of these then have.
+    """
 
     def init(key):
         return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)[1])
 
     graphdef = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
-    return init, lambda params: nnx.merge(graphdef, params)
+
+    def of(params):
+        plain, low_rank = lora.apart(params)
+        module = nnx.merge(graphdef, plain)
+        for path, factors in low_rank.items():
+            part: Any = functools.reduce(getattr, path, module)
+            part.low_rank = nnx.data(factors)
+        return module
+
+    return init, of
 
 
 def rematerialized(block: Callable, config: DecoderConfig) -> Callable:
