@@ -176,8 +176,9 @@ class Observer:
                     for key, value in figures.items()
                     if key.endswith(f"/{source.name}")
                 }
-                shown = [k for k in found if k.rpartition("/")[2] in TOLD] or list(found)
-                said = [f"{k.rpartition('/')[2].replace('_', ' ')} {found[k]:.3f}" for k in shown]
+                last = lambda key: key.rpartition("/")[2]
+                shown = [key for name in TOLD for key in found if last(key) == name]
+                said = [f"{last(k)} {found[k]:.3f}" for k in shown]
                 lines.append(f"held-out {source.name}: {', '.join(said)}")
         return lines
 
@@ -242,10 +243,12 @@ class Observer:
     def _question(self, source) -> list[int]:
         """The first held-out prompt that leaves room for an answer, as the template asks it."""
         assert self.template
+        length = self.built.run.data.length
+        room = min(self.built.run.eval.sample_tokens, length // 2)
         for document in source.held_out[:100]:
             messages = messages_before_answer(json.loads(document.text))
             ids = self.template.prompt(messages)
-            if 2 * len(ids) <= self.built.run.data.length:
+            if len(ids) + room <= length:
                 return ids
         return []
 

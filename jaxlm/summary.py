@@ -77,7 +77,9 @@ def conversations(prepared) -> list[str]:
 
 
 def share(card) -> float:
-    """Held-out share of the characters of a source."""
+    """Held-out share of the characters of a source; of its examples, where it is no text."""
+    if "format" in card:
+        return card["held_out_documents"] / max(card["documents"] + card["held_out_documents"], 1)
     return card["held_out_characters"] / max(card["characters"] + card["held_out_characters"], 1)
 
 

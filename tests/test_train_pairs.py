@@ -1,0 +1,63 @@
+"""Whole runs on preferences and conversations, as users start them."""
+
+import json
+import shutil
+
+import pytest
+from runs import lines, losses, run
+
+pytestmark = pytest.mark.slow
+RECIPE = "tests/tiny_pairs.py"
+
+
+@pytest.fixture(scope="module")
+def pairs(home):
+    rows = [
+        {"prompt": f"q{i}", "chosen": f"yes {i % 7}", "rejected": "no" * (1 + i % 3)}
+        for i in range(120)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (home / "text" / "pairs.jsonl").write_text(text)
+    return run(home, "pairs", recipe=RECIPE)
+
+
+def test_a_run_on_preferences_scores_and_answers(home, pairs):
+    metrics, (first, last) = lines(home, "pairs"), lines(home, "pairs", "evals.jsonl")
+    assert metrics[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert "bits_per_char" not in metrics[0]
+    assert metrics[-1]["tokens"] == 20 * 8 * 2 * 32, "both members are read"
+    assert (first["step"], last["step"]) == (10, 20)
+    assert {"loss/likes", "dpo/accuracy/likes", "dpo/margin/likes"} <= last.keys()
+    assert last["loss/likes"] < 0.69
+    assert "held-out likes: loss" in pairs
+    assert "likes (pairs): the tokens are those of responses" in pairs
+    sample = lines(home, "pairs", "samples.jsonl")[-1]
+    assert sample["prompt"].startswith("user:\nq")
+    assert sample["prompt"].endswith("assistant:\n")
+    results = json.loads((home / "pairs" / "results.json").read_text())
+    assert results["figures"]["loss/likes"] == last["loss/likes"]
+    assert "Preferences" in (home / "pairs" / "report.html").read_text()
+    assert "finished" in run(home, "pairs", recipe=RECIPE)
+
+
+def test_a_run_on_preferences_goes_on_exactly(home, pairs):
+    shutil.copytree(home / "pairs", home / "again")
+    shutil.rmtree(home / "again" / "checkpoints" / "20")
+    (home / "again" / "results.json").unlink()
+    out = run(home, "again", recipe=RECIPE)
+    assert "continuing at step 10 of 20" in out
+    assert losses(home, "again") == losses(home, "pairs")
+    assert (
+        lines(home, "again", "evals.jsonl")[-1]["loss/likes"]
+        == (lines(home, "pairs", "evals.jsonl")[-1]["loss/likes"])
+    )
+
+
+def test_what_was_trained_on_conversations_is_asked_with_their_template(home, pairs):
+    asked = home / "asked.jsonl"
+    asked.write_text('{"messages": [{"role": "user", "content": "q1"}]}\n')
+    written = home / "said.jsonl"
+    flags = (f"--checkpoint={home / 'pairs'}", f"--prompts={asked}", f"--output={written}")
+    run(home, "", *flags, "--tokens=4", module="generate")
+    assert json.loads(written.read_text())["finish"] in ("stop", "length")
+    assert (home / "pairs" / "tokenizer" / "chat_template.jinja").is_file()
