@@ -28,7 +28,7 @@ help:
 	@echo "make bench        install torch, trl too; speed of training, preferences,  25 min"
 	@echo "                  data, checkpoints, loading, generation, evaluation"
 	@echo "make parity       install torch, trl too; models against transformers,     15 min"
-	@echo "                  losses over preferences against trl"
+	@echo "                  losses over preferences against trl, adapters against peft"
 	@echo "make clean        remove .venv and runs"
 	@echo
 	@echo "The first of them takes 1 to 3 min more to install, and a package index or wheels."
@@ -53,6 +53,7 @@ bench: python .venv/installed-parity
 parity: python .venv/installed-parity
 	@$(BIN)/python tools/parity.py $(ARGS)
 	@$(BIN)/python tools/preference_parity.py
+	@$(BIN)/python tools/lora_parity.py
 
 # Only where PYTHON was given: is .venv made of it?
 python:

@@ -1,13 +1,16 @@
 """Hugging Face models to and from folders of jaxlm, on this machine: nothing is downloaded.
 
-    python -m jaxlm.convert from-hf HF_FOLDER OUT [--dtype=float32]
+    python -m jaxlm.convert from-hf HF_FOLDER OUT [--dtype=float32] [--adapter=PEFT_FOLDER]
     python -m jaxlm.convert to-hf FOLDER OUT [--dtype=bfloat16] [--step=N] [--shard_gb=5]
+    python -m jaxlm.convert to-peft FOLDER OUT [--step=N]
 
 from-hf reads a folder with config.json, safetensors and a tokenizer. OUT then serves as
 --checkpoint of jaxlm.generate and jaxlm.evaluate and as --config.init.checkpoint; training can
-start from the Hugging Face folder itself too, with --config.init.hf=HF_FOLDER.
+start from the Hugging Face folder itself too, with --config.init.hf=HF_FOLDER. --adapter merges a
+LoRA adapter that PEFT has written.
 to-hf takes such a folder or the work folder of a run, and writes what
-AutoModelForCausalLM.from_pretrained(OUT) reads.
+AutoModelForCausalLM.from_pretrained(OUT) reads; a run with LoRA is written merged. to-peft writes
+its adapter alone, for PeftModel.from_pretrained(model, OUT).
 
 Either way only some tensors are in memory at one time, and OUT appears when it is whole.
 """
@@ -34,7 +37,7 @@ from jaxlm import params, stored
 from jaxlm.checkpoint import find, storage
 from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.hf import export, folder, kept
+from jaxlm.hf import export, folder, kept, peft
 from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.family import whole
 from jaxlm.hf.kept import Kept
@@ -48,9 +51,17 @@ PART = 2**29  # bytes of arrays written at one time
 Say = Callable[[str], None]
 
 
-def from_hf(source: Path, out: Path, *, dtype: str = "", say: Say = print) -> None:
-    """A Hugging Face folder as one of ours. Raises `ValueError` for whatever is wrong."""
+def from_hf(
+    source: Path, out: Path, *, dtype: str = "", adapter: Path | None = None, say: Say = print
+) -> None:
+    """A Hugging Face folder as one of ours, with a PEFT adapter merged if one is named.
+
+    Raises `ValueError` for whatever is wrong.
+    """
     found = folder.open_folder(source)
+    if adapter:
+        found = found._replace(adapter=peft.read(adapter))
+        peft.require_places(found.adapter, found.tensors)
     for note in found.notes:
         say(f"Note: {note}.")
     options = found.options
@@ -94,6 +105,25 @@ def to_hf(
         _write_json(half / "config.json", config)
         if model.generation:
             _write_json(half / "generation_config.json", model.generation)
+
+
+def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = print) -> None:
+    """The adapter of a run with LoRA as a folder of PEFT's. Raises `ValueError` if it has none."""
+    place, _ = find(source, step=step, say=say)
+    if not (factors := params.adapter_shapes(place)):
+        raise ValueError(f"{source} holds no adapter but a whole model: write it with to-hf")
+    config = storage.read(place).about["config"]
+    knobs = {key: config[f"lora.{key}"] for key in ("rank", "alpha", "dropout", "rslora")}
+    model = _model(source)
+    family = FAMILIES[model.hf["model_type"]]
+
+    def load(names):
+        wanted = {"params": {name: factors[name] for name in names}}
+        return storage.load(place, wanted, "sizes", part=True)["params"]
+
+    with _new_folder(out) as half:
+        shapes, base = params.saved_shapes(place), config["init.hf"]
+        peft.write(half, family, model.options, knobs, base, shapes, factors, load)
 
 
 def _model(source: Path) -> Kept:
@@ -179,8 +209,12 @@ def main() -> int:
     source, out = Path(flags.source).expanduser(), Path(flags.out).expanduser()
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if flags.way == "from-hf":
-        from_hf(source, out, dtype=flags.dtype, say=say)
+        adapter = Path(flags.adapter).expanduser() if flags.adapter else None
+        from_hf(source, out, dtype=flags.dtype, adapter=adapter, say=say)
         print(f"{out} is written. {_next(out)}")
+    elif flags.way == "to-peft":
+        to_peft(source, out, step=flags.step, say=say)
+        print(f"{out} is written, for peft.PeftModel.from_pretrained(model, {str(out)!r}).")
     else:
         if not flags.shard_gb > 0:
             raise ValueError(f"--shard_gb={flags.shard_gb} must be greater than 0")
@@ -206,15 +240,25 @@ def _flags():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf | to-hf")
-    for way, what in (("from-hf", "a Hugging Face folder"), ("to-hf", "a folder of jaxlm's")):
+    names = {
+        "from-hf": "a Hugging Face folder",
+        "to-hf": "a folder of jaxlm's",
+        "to-peft": "the work folder of a run with LoRA",
+    }
+    ways = parser.add_subparsers(dest="way", required=True, metavar=" | ".join(names))
+    for way, what in names.items():
         one = ways.add_parser(way, help=f"convert {what}")
         one.add_argument("source", metavar="FOLDER", help=what)
         one.add_argument("out", metavar="OUT", help="the folder to write; must not exist")
-        kinds = ("", *DTYPES)
-        one.add_argument("--dtype", default="", choices=kinds, help="of the tensors; as they are")
-        if way == "to-hf":
+        if way != "to-peft":
+            kinds = ("", *DTYPES)
+            said = "of the tensors; as they are"
+            one.add_argument("--dtype", default="", choices=kinds, help=said)
+        if way == "from-hf":
+            one.add_argument("--adapter", default="", help="a PEFT folder to merge")
+        else:
             one.add_argument("--step", type=int, help="of the checkpoint; the newest")
+        if way == "to-hf":
             one.add_argument("--shard_gb", type=float, default=5.0, help="a file holds, at most")
     return parser
 

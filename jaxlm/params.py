@@ -78,6 +78,11 @@ def read(folder: Path, structs: Shapes) -> dict[str, jax.Array]:
     return arrays
 
 
+def adapter_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same of a checkpoint's adapter; {} where it holds a whole model."""
+    return _shapes(folder, "params") if _base(folder) else {}
+
+
 def _shapes(folder, item):
     saved = storage.read(folder).trees.get(item, {})
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}

@@ -29,6 +29,7 @@ class Source(NamedTuple):
     config: Json  # config.json, as it is
     family: Family
     tensors: dict[str, Spec]
+    adapter: Any = None  # what is added to them (`hf.peft.Adapter`)
 
     @property
     def options(self) -> DecoderConfig:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.digest import named
-from jaxlm.hf import tensors
+from jaxlm.hf import peft, tensors
 from jaxlm.hf.folder import Source, matched
 from jaxlm.hf.links import Link
 from jaxlm.models.options import DecoderConfig
@@ -50,7 +50,8 @@ def _read(source: Source, link: Link, leaves, stacked):
         view = tensors.view(source.tensors[name])
         layout = _their_layout(layouts[0], leaves[0].ndim - stacked[0], link.form)
         read = functools.partial(lambda view, index: view[index], view)
-        theirs.append(jax.make_array_from_callback(view.shape, layout, read))
+        x = jax.make_array_from_callback(view.shape, layout, read)
+        theirs.append(peft.merged(source.adapter, name, x, link.form))
     return _converted(link.form, tuple(leaf.dtype for leaf in leaves), layouts)(*theirs)
 
 

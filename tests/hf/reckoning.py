@@ -14,6 +14,7 @@ from cases import draw
 
 from jaxlm.checkpoint.digest import named
 from jaxlm.hf import folder as hf
+from jaxlm.hf import peft
 from jaxlm.hf.load import load
 from jaxlm.models.transformer import decoder
 from jaxlm.params import of_layers
@@ -26,8 +27,8 @@ FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "parity"
 class Ours:
     """The model of a Hugging Face folder, in jax, float32."""
 
-    def __init__(self, path, mesh=None):
-        source = hf.open_folder(path)
+    def __init__(self, path, mesh=None, adapter=None):
+        source = hf.open_folder(path)._replace(adapter=adapter and peft.read(adapter))
         self.options = dataclasses.replace(source.options, dtype="float32", param_dtype="float32")
         self.lm = decoder(self.options, "cpu")
         abstract = jax.eval_shape(self.lm.init, jax.random.key(0))
