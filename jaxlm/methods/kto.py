@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.contract import Extra, Method, copy_of_params
-from jaxlm.methods.responses import frozen, precomputed, responses, summed
+from jaxlm.methods.responses import FIELDS, frozen, precomputed, responses, summed
 
 
 def kto(
@@ -40,13 +40,15 @@ def kto(
         )
 
     def objective(lm, params, extras, batch, key):
-        policy = responses(lm, params, batch, key)
         live = lambda: frozen(lm, extras["reference"], batch).logprob_P2
-        gap_P2 = policy.logprob_P2 - (batch["reference"] if kept else live())
+        reference_P2 = batch["reference"] if kept else live()
+        # In passes of their own, so that the mismatched ones have no way back.
+        policy = responses(lm, params, _member(batch, 0), key)
+        mismatched = frozen(lm, params, _member(batch, 1))
         real_P, liked_P = policy.real_P, batch["desirable"]
-        mismatched = jnp.sum(real_P * gap_P2[:, 1]) / jnp.maximum(real_P.sum(), 1)
-        k = jax.lax.stop_gradient(jnp.maximum(mismatched, 0.0))
-        reward_P = beta * (gap_P2[:, 0] - k)
+        apart_P = mismatched.logprob_P2[:, 0] - reference_P2[:, 1]
+        k = jnp.maximum(jnp.sum(real_P * apart_P) / jnp.maximum(real_P.sum(), 1), 0.0)
+        reward_P = beta * (policy.logprob_P2[:, 0] - reference_P2[:, 0] - k)
         sign_P = 2 * liked_P - 1
         weight_P = jnp.where(liked_P > 0, weight_desirable, weight_undesirable)
         loss_P = weight_P * (1 - jax.nn.sigmoid(sign_P * reward_P))
@@ -66,3 +68,8 @@ def kto(
         extras={} if kept else {"reference": Extra(copy_of_params)},
         columns=kept,
     )
+
+
+def _member(batch, which):
+    """The batch with one member of each pair, [P, 1, L]."""
+    return {name: batch[name][:, which : which + 1] for name in FIELDS}

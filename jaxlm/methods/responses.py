@@ -33,11 +33,11 @@ class Responses(NamedTuple):
 
 
 def responses(lm: LM, params: Params, batch: Batch, key: jax.Array | None = None) -> Responses:
-    """Reads both members of each pair, in one pass."""
+    """Reads both members of each pair, or the one that the batch has, in one pass."""
     rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in FIELDS}
     logprobs_BL, taps, penalties = token_logprobs(lm, params, rows, key)
-    logprob_P2 = (logprobs_BL * rows["weights"]).sum(-1).reshape(-1, 2)
     length_P2 = batch["weights"].sum(-1)
+    logprob_P2 = (logprobs_BL * rows["weights"]).sum(-1).reshape(length_P2.shape)
     real_P = jnp.any(batch["weights"] > 0, axis=(1, 2)).astype(jnp.float32)
     return Responses(logprob_P2, length_P2, real_P, taps, penalties)
 
