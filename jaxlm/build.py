@@ -250,7 +250,9 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     found = {name: look(other.model) for name, other in others.items() if other.model}
     for name, model_there in found.items():
         _refuse_unlike(name, model_there, run, vocabulary)
-    fit = lambda options: dataclasses.replace(options, attention="auto", scan_layers="auto")
+    fit = lambda options: dataclasses.replace(
+        options, attention="auto", scan_layers="auto", loss_chunk=model.loss_chunk
+    )
     made = lambda packed: {n: make(fit(f.options), packed=packed) for n, f in found.items()}
     lm = make(model, packed=packed)._replace(others=made(packed))
     run = dataclasses.replace(run, model=model)

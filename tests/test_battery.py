@@ -23,7 +23,7 @@ import toy
 
 from jaxlm import optim
 from jaxlm.contract import BASE, Method, bound, compose
-from jaxlm.methods.distill import distill
+from jaxlm.methods.distill import distill, kept_of
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.ema import ema
 from jaxlm.methods.follow import follow
@@ -71,6 +71,14 @@ def with_reference(pairs, **options):
     return found | {"reference": drawn}
 
 
+def with_kept(rows, **options):
+    """Rows with the five likeliest tokens that a teacher predicted at each position."""
+    found = toy.batch(rows, **options)
+    drawn = jax.random.normal(jax.random.key(options.get("seed", 0)), (*found["tokens"].shape, 32))
+    ids, logprobs = kept_of(drawn, top_k=5, temperature=1.0)
+    return found | {"teacher_ids": ids, "teacher_logprobs": logprobs}
+
+
 taught = functools.partial(distill, teacher="teacher", temperature=2.0, weight=0.5)
 aligned = functools.partial(distill, teacher="teacher", expert="expert", expert_sources="code")
 half = functools.partial(learnability, filter_ratio=0.5, reference="a finished run")
@@ -89,6 +97,7 @@ ENTRIES = {
     "simpo": Entry((simpo,), toy.pairs),
     "distill": Entry((taught,)),
     "distill to an expert": Entry((functools.partial(aligned, divergence="reverse"),), by_source),
+    "distill top 5": Entry((functools.partial(distill, teacher="teacher", top_k=5),), with_kept),
     "next_token + migu": Entry((next_token, migu)),
     "next_token + learnability": Entry((next_token, half)),
     "dpo + follow + migu": Entry((dpo, often, migu), toy.pairs),
@@ -277,10 +286,16 @@ def _rearranged(rows):
     segments = rows["segments"]
     order = jnp.argsort(jnp.where(segments == 0, 9, -segments), axis=-1, stable=True)
     junk = lambda key, x: jnp.where(segments == 0, 3, x) if key in ("tokens", "targets") else x
-    return {
-        key: jnp.take_along_axis(junk(key, x), order, -1) if x.ndim == segments.ndim else x
-        for key, x in rows.items()
-    }
+    axis = segments.ndim - 1
+
+    def one(x):
+        if x.shape[: segments.ndim] != segments.shape:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.expand_dims(order, (*range(segments.ndim, x.ndim),)), axis
+        )
+
+    return {key: one(junk(key, x)) for key, x in rows.items()}
 
 
 @every_entry

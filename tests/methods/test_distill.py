@@ -182,6 +182,56 @@ def test_padding_rows_of_either_embedding_are_left_out():
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+def precomputed(rows, chunk=0, **knobs):
+    """As `trained`, of a teacher whose predictions were kept."""
+    method = distill(teacher="a run", **knobs)
+    assert not method.extras
+    for name, column in method.columns.items():
+        lm = NAMES[name]._replace(chunk=chunk)
+        rows = rows | jax.jit(lambda r, p, fn=column.fn, lm=lm: fn(lm, p, r))(rows, params(name))
+    return rows, trained(rows, chunk=chunk, **knobs)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_all_tokens_kept_are_the_full_divergence(divergence):
+    knobs = {"divergence": divergence, "temperature": 1.5, "weight": 0.5}
+    rows, (loss, metrics, slope) = precomputed(batch(rows=3), chunk=6, top_k=V, **knobs)
+    assert rows["teacher_ids"].dtype == jnp.uint16
+    whole, full, exact = trained(batch(rows=3), **knobs)
+    np.testing.assert_allclose(loss, whole, rtol=2e-3)  # float16 on disk
+    np.testing.assert_allclose(metrics["agreement"], full["agreement"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.02), slope, exact)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_rest_is_one_bucket(k):
+    """Exact for the coarser distributions, which is less than the full divergence."""
+    rows = batch(rows=3)
+    _, (_, metrics, slope) = precomputed(rows, chunk=6, top_k=k)
+    p, q = (
+        softmax(logits(lm, params(name), rows))
+        for lm, name in ((TEACHER, "teacher"), (STUDENT, "student"))
+    )
+    ids = np.argsort(-p, -1)[..., :k]
+
+    def coarse(x):
+        kept = np.take_along_axis(x, ids, -1)
+        return np.concatenate([kept, 1 - kept.sum(-1, keepdims=True)], -1)
+
+    weights = np.asarray(rows["weights"])
+    mean = lambda x: (x * weights).sum() / weights.sum()
+    np.testing.assert_allclose(metrics["divergence"], mean(kl(coarse(p), coarse(q))), rtol=5e-3)
+    assert metrics["divergence"] < mean(kl(p, q))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
+def test_kept_predictions_are_routed_too():
+    rows = batch(rows=4) | {"expert": jnp.asarray([1.0, 0.0, 0.0, 1.0])}
+    knobs = {"expert": "another run", "expert_sources": "code"}
+    _, (kept, _, _) = precomputed(rows, top_k=V, **knobs)
+    np.testing.assert_allclose(kept, trained(rows, **knobs)[0], rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -190,6 +240,7 @@ def test_padding_rows_of_either_embedding_are_left_out():
         ({"teacher": "x", "temperature": 0.0}, "temperature is 0.0"),
         ({"teacher": "x", "weight": 1.5}, "weight is 1.5"),
         ({"teacher": "x", "beta": 1.0}, "beta is 1.0"),
+        ({"teacher": "x", "top_k": -1}, "top_k is -1"),
         ({"teacher": "x", "expert": "y"}, "set both or neither"),
         ({"teacher": "x", "expert_sources": "code"}, "set both or neither"),
     ],
