@@ -16,6 +16,7 @@ def test_quick_prints_rates_and_memory():
     assert done.returncode == 0, done.stderr
     name = "DPO, precomputed"
     (row,) = (line for line in done.stdout.split("ms/step")[1].splitlines() if name in line)
-    pairs, tokens, peak = (float(x.replace(",", "")) for x in row[33:].split()[:3])
+    pairs, tokens, cpu, peak = (float(x.replace(",", "")) for x in row[33:].split()[:4])
     assert tokens == pytest.approx(32 * pairs, rel=0.1)
+    assert cpu > 0
     assert peak > 50

@@ -8,14 +8,15 @@ clipped by their global norm. Every text is `--length` tokens long, the second h
 response: how texts of unlike lengths are laid out is another question. DPO reads both texts of each
 pair in one batch, with the reference live or its log-probabilities given; fine-tuning reads the
 same texts as rows. TRL's trainers collate and compute the loss; the rest of its step is plain torch
-(backward, clipping, fused AdamW), gradient checkpointing off. Ours takes its loss in chunks of
-`--chunk` tokens, as recipes do, and steps as `jaxlm.train` does.
+(backward, clipping, fused AdamW), gradient checkpointing off. Ours steps as `jaxlm.train` does, with
+all logits at one time; with `--chunk=512` it holds those of so many tokens, and DPO, unlike
+fine-tuning, then computes them twice.
 
 Each contestant has a process of its own with our memory settings; they take turns and never run at
 the same time. A ratio is the median over the rounds of one turn's time against the other's in the
-same round, with the least and the largest. Memory is the most that the process held during its
-turns, compilation apart; "temporary" is what XLA plans for the step beside parameters, moments and
-batch.
+same round, with the least and the largest; processor seconds say more where others use the machine
+too. Memory is the most that the process held during its turns, compilation apart; "temporary" is
+what XLA plans for the step beside parameters, moments and batch.
 """
 
 import argparse
@@ -233,8 +234,8 @@ def ratio(ours: Worker, theirs: Worker) -> str:
 
 def table(ours: dict[str, Worker], theirs: dict[str, Worker], args) -> str:
     lines = [
-        f"\n{'':24}{'ms/step':>9}{'pairs/s':>9}{'tokens/s':>10}{'peak, MB':>10}{'temporary':>11}"
-        "  times as fast as TRL"
+        f"\n{'':24}{'ms/step':>9}{'pairs/s':>9}{'tokens/s':>10}{'cpu s/step':>12}{'peak, MB':>10}"
+        f"{'temporary':>11}  times as fast as TRL"
     ]
     for workers in (ours, theirs):
         for kind, worker in workers.items():
@@ -242,6 +243,7 @@ def table(ours: dict[str, Worker], theirs: dict[str, Worker], args) -> str:
             rate = "" if kind == "sft" else f"{args.pairs / seconds:.2f}"
             line = f"{worker.name:24}{seconds * 1e3:9,.0f}{rate:>9}"
             line += f"{2 * args.pairs * args.length / seconds:10,.0f}"
+            line += f"{min(turn['cpu'] for turn in worker.turns) / args.steps:12.2f}"
             line += f"{max(turn['memory'] for turn in worker.turns):10,.0f}"
             line += f"{worker.ready.get('temporary', ''):>11{',.0f' if workers is ours else ''}}"
             if workers is ours and kind in theirs:
@@ -264,12 +266,12 @@ def main(argv=None):
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--pairs", type=int, default=4, help="of one step")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits ours holds")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens whose logits we hold; 0: all")
     found = all(importlib.util.find_spec(name) for name in ("torch", "trl"))
     own = sys.executable if found else ""
     parser.add_argument("--trl", default=own, help="a Python that has torch and trl")
     parser.add_argument("--steps", type=int, default=1, help="of one turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="toy shape, one round")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
