@@ -8,8 +8,8 @@ clipped by their global norm. Every text is `--length` tokens long, the second h
 response: how texts of unlike lengths are laid out is another question. DPO reads both texts of each
 pair in one batch, with the reference live or its log-probabilities given; fine-tuning reads the
 same texts as rows. TRL's trainers collate and compute the loss; the rest of its step is plain torch
-(backward, clipping, fused AdamW), gradient checkpointing off. Ours steps as `jaxlm.train` does, with
-all logits at one time; with `--chunk=512` it holds those of so many tokens, and DPO, unlike
+(backward, clipping, fused AdamW), gradient checkpointing off. Ours is the step of `jaxlm.train`,
+with all logits at one time; with `--chunk=512` it holds those of so many tokens, and DPO, unlike
 fine-tuning, then computes them twice.
 
 Each contestant has a process of its own with our memory settings; they take turns and never run at
@@ -243,7 +243,7 @@ def table(ours: dict[str, Worker], theirs: dict[str, Worker], args) -> str:
             rate = "" if kind == "sft" else f"{args.pairs / seconds:.2f}"
             line = f"{worker.name:24}{seconds * 1e3:9,.0f}{rate:>9}"
             line += f"{2 * args.pairs * args.length / seconds:10,.0f}"
-            line += f"{min(turn['cpu'] for turn in worker.turns) / args.steps:12.2f}"
+            line += f"{min(turn['cpu'] for turn in worker.turns) / args.steps:12.3f}"
             line += f"{max(turn['memory'] for turn in worker.turns):10,.0f}"
             line += f"{worker.ready.get('temporary', ''):>11{',.0f' if workers is ours else ''}}"
             if workers is ours and kind in theirs:
