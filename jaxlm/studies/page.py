@@ -27,6 +27,7 @@ class Line(NamedTuple):
     color: int = 0  # of COLORS
     style: str = "-"  # of matplotlib: "-", "--", ":"
     marker: str = "o"
+    bars: bool = False  # the interval as bars, not as a band
 
 
 class Panel(NamedTuple):
@@ -58,8 +59,12 @@ class Verdict(NamedTuple):
     holds: bool
     numbers: str  # a sentence
 
+    @property
+    def found(self) -> str:
+        return "Reproduced" if self.holds else "Not reproduced"
+
     def __str__(self):
-        return f"{'Reproduced' if self.holds else 'Not reproduced'}: {self.claim}. {self.numbers}"
+        return f"{self.found}: {self.claim}. {self.numbers}"
 
 
 class Told(NamedTuple):
@@ -108,7 +113,7 @@ def html(told: Told, setup: dict[str, Any], picture: bytes) -> str:
     body = [
         el("p", "jaxlm · study", class_="mark"),
         el("h1", told.title),
-        [el("p", str(verdict), class_="verdict") for verdict in told.verdicts],
+        [_verdict(verdict) for verdict in told.verdicts],
         el(
             "main",
             _section("Figure", el("img", src=data, alt=spoken, style="width:100%;height:auto")),
@@ -119,6 +124,11 @@ def html(told: Told, setup: dict[str, Any], picture: bytes) -> str:
     ]
     whole = el("html", el("head", head), el("body", el("div", body, class_="page")), lang="en")
     return f"<!doctype html>\n{whole}\n"
+
+
+def _verdict(verdict: Verdict) -> list[Html]:
+    claim = el("p", el("b", verdict.found), f": {verdict.claim}.", class_="verdict")
+    return [claim, el("p", verdict.numbers, class_="facts")]
 
 
 def _section(title: str, inside: Any) -> Html:
@@ -169,7 +179,9 @@ def _draw(axes, panel: Panel) -> None:
             markersize=3.5,
             linewidth=1.5,
         )
-        if len(line.low):
+        if len(line.low) and line.bars:
+            axes.vlines(line.x, line.low, line.high, color=color, linewidth=1.2, alpha=0.6)
+        elif len(line.low):
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
     if panel.log_x:
         axes.set_xscale("log")
@@ -183,4 +195,4 @@ def _draw(axes, panel: Panel) -> None:
     axes.grid(color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)
     if len(panel.lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")

@@ -287,13 +287,13 @@ def _gains(settings, numbers, following, of) -> dict[float, stats.Mean]:
 
 def _at_fixed_beta(settings, numbers, following):
     gains = _gains(settings, numbers, following, best)
-    large = {beta: gain for beta, gain in gains.items() if beta >= 1} or gains
+    there = [beta for beta, gain in gains.items() if gain.low > 0 and gain.mean >= GAIN]
     return Verdict(
         f"at the same beta (1 and above) following raises the best reward by {GAIN} or more",
-        all(gain.low > 0 and gain.mean >= GAIN for gain in large.values()),
+        all(beta in there for beta in gains if beta >= 1),
         "Gain, mean of the ways to follow: "
         + "; ".join(f"beta {beta:g}: {gain.text()}" for beta, gain in gains.items())
-        + ".",
+        + f". So it is at beta {', '.join(f'{beta:g}' for beta in there) or '(none)'}.",
     )
 
 
@@ -430,7 +430,8 @@ def _by_way(settings, numbers, color):
     for way, i in color.items():
         betas = [arm["beta"] for arm in arms_of(settings).values() if arm["way"] == way]
         rewards_XS = np.array([best(numbers[name_of(way, beta)]) for beta in betas])
-        lines.append(_line(way, betas, rewards_XS.T, i))
+        x = [beta * 1.05 ** (i - 2) for beta in betas]  # beside each other
+        lines.append(_line(way, x, rewards_XS.T, i, bars=True))
     return lines
 
 

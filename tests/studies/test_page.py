@@ -26,8 +26,9 @@ TOLD = page.Told(
 def test_a_page_is_one_file(tmp_path):
     where = page.write(tmp_path, TOLD, {"seeds": 3}, {"one": {"score": [1.0]}})
     text = where.read_text()
-    assert "Reproduced: one is one. It is 1." in text
-    assert "Not reproduced: one is &lt;two&gt;. It is 1 &amp; not 2." in text
+    assert "<b>Reproduced</b>: one is one." in text
+    assert "<b>Not reproduced</b>: one is &lt;two&gt;." in text
+    assert "It is 1 &amp; not 2." in text
     for piece in ("Numbers of it", "1.0 ± 0.1", "A note.", "How it was done.", "seeds"):
         assert piece in text
     assert "data:image/png;base64,iVBOR" in text
