@@ -28,6 +28,7 @@ from jaxlm.studies.arms import Arms
 
 STUDIES = {
     "tr_dpo": "DPO with a reference that follows the policy (arXiv 2404.09656)",
+    "lift": "preference pairs that keep length limits (arXiv 2406.17744)",
 }
 
 
@@ -43,7 +44,11 @@ def main() -> int:
         numbers = study.run(settings, arms, console)
         told = study.tell(settings, numbers)
         seconds = time.monotonic() - began
-        setup = {"study": name, **dataclasses.asdict(settings), "seconds of this start": seconds}
+        setup = {
+            "study": name,
+            **dataclasses.asdict(settings),
+            "seconds of this start": round(seconds),
+        }
         where = page.write(out, told, setup, numbers)
         for table in told.tables:
             console.say(f"\n{table.caption}")

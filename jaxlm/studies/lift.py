@@ -1,0 +1,459 @@
+"""LIFT (https://arxiv.org/abs/2406.17744): do length-instructed pairs make limits hold?
+
+The language: a topic, then 2 to 16 words, most of them of the topic, and an end. In some prompts a
+limit of words comes before the topic, in the paper's wording, which natural responses ignore. A
+small transformer learns them. In the preference pairs the longer response wins three times in four,
+as it does in people's and models' judgements, so that DPO learns to write at length.
+
+Arms start from there, with the same learning rate and batch, and go through their pairs equally
+often: DPO; R-DPO, whose loss charges for length; LIFT on the pairs that `jaxlm.data.lift.limited`
+makes, alone; and LIFT on these and the originals, which is the paper's headline. The rate is chosen
+by a sweep over DPO alone: the lowest loss on held-out pairs, of the rates that leave at least 95 %
+of the words on topic that the start has there.
+
+Measured on responses to prompts with limits of 4 to 19 words, also with every limit times 0.9 to
+0.1: the share of responses that violate it, the words they have and their share of the limit (an
+arm that hardly answers keeps all limits), the share of words on topic; and without a limit the
+words and the share on topic. Nothing rewards using what a limit allows, so expect undershooting.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.data import lift as rule
+from jaxlm.evals.length import SCALES, Limited, kept, scaled
+from jaxlm.methods.dpo import dpo
+from jaxlm.methods.next_token import next_token
+from jaxlm.optim import OptimizerSpec
+from jaxlm.studies import models, stats, texts
+from jaxlm.studies.page import Line, Panel, Table, Told, Verdict
+
+TOPICS, WORDS = 6, 12  # words of each topic
+MOST = 40  # limits have a token each up to this
+END, LIMIT, NUMBER = 0, 1, 1  # NUMBER + n is the token of the number n
+TOPIC = NUMBER + MOST + 1
+WORD = TOPIC + TOPICS
+VOCABULARY = WORD + TOPICS * WORDS
+SHORTEST, LONGEST = 2, 16  # natural responses
+TOKENS = 32  # a response may take, end included
+CHUNK = 25  # steps between two looks at the clock
+LIMITS = range(4, 20)  # that are asked for
+ON_TOPIC = 0.95  # of natural words
+
+_LIMITED = re.compile(
+    re.escape(rule.INSTRUCTION).replace(r"\{limit\}", r"(\d+)").replace(r"\{prompt\}", r"(.+)")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Keys of the command line."""
+
+    seeds: int = 4
+    passes: int = 4  # through an arm's pairs
+    beta: float = 0.3
+    learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    length_penalty: float = 0.1  # of R-DPO, in nats a word
+    margin: int = 2  # words by which responses differ at least, to give pairs with limits
+    batch: int = 32  # pairs
+    pairs: int = 3000
+    start_steps: int = 400
+    samples: int = 240  # responses at each scale of the limits
+    width: int = 32
+    layers: int = 2
+
+
+QUICK = Settings(
+    seeds=2, passes=1, learning_rates=(3e-4, 1e-3), pairs=64, start_steps=20, samples=16
+)
+ARMS = {  # name -> what it reads, and whether its loss charges for length
+    "DPO": ("originals", False),
+    "R-DPO": ("originals", True),
+    "LIFT, new pairs": ("new", False),
+    "LIFT, both": ("both", False),
+}
+EXPECTED = 0.10, 0.50  # violations: LIFT at most, DPO at least
+
+
+def natural(rng, topic: int) -> str:
+    """A response as people write them, whatever limit they were given."""
+    size = rng.integers(SHORTEST, LONGEST + 1)
+    topics = np.where(rng.random(size) < ON_TOPIC, topic, rng.integers(TOPICS, size=size))
+    words = rng.integers(WORDS, size=size)
+    return " ".join(f"t{t}w{w}" for t, w in zip(topics, words, strict=True))
+
+
+def prompt_ids(prompt: str) -> list[int]:
+    """A topic, behind a limit where there is one: all else in that sentence never changes."""
+    if limited := _LIMITED.fullmatch(prompt):
+        limit, topic = limited.groups()
+        return [LIMIT, NUMBER + int(limit), *prompt_ids(topic)]
+    return [TOPIC + int(prompt.removeprefix("topic"))]
+
+
+def response_ids(response: str) -> list[int]:
+    """One token a word, and the end."""
+    of = lambda word: WORD + WORDS * int(word[1 : word.index("w")]) + int(word.split("w")[1])
+    return [*map(of, response.split()), END]
+
+
+def text_of(ids: list[int]) -> str:
+    """The words of a response; anything else in it counts as a word too, and is on no topic."""
+    name = lambda i: f"t{(i - WORD) // WORDS}w{(i - WORD) % WORDS}" if i >= WORD else f"other{i}"
+    return " ".join(name(i) for i in ids if i != END)
+
+
+def on_topic(topic: int, response: str) -> tuple[int, int]:
+    """Words of the topic, and words."""
+    words = response.split()
+    return sum(word.startswith(f"t{topic}w") for word in words), len(words)
+
+
+def arms_of(settings: Settings, rate: float) -> dict[str, dict]:
+    """Name of each arm -> its knobs."""
+    return {
+        name: {
+            "data": data,
+            "length_penalty": settings.length_penalty if charges else 0.0,
+            "rate": rate,
+        }
+        for name, (data, charges) in ARMS.items()
+    }
+
+
+def sweep_of(settings: Settings) -> dict[str, dict]:
+    """DPO at each learning rate."""
+    return {
+        f"DPO at {rate:g}": {"data": "originals", "length_penalty": 0.0, "rate": rate}
+        for rate in settings.learning_rates
+    }
+
+
+def run(settings: Settings, arms, console) -> dict:
+    """Trains what is not kept yet; returns the numbers of every arm."""
+    lab = Lab(settings, arms)
+    begin = {"start": {}}
+    sweep = sweep_of(settings)
+    with console.phase(1, 3, "start", "learning the language"):
+        arms.expect(settings.start_steps)
+        for name in arms.missing(begin):
+            arms.run(name, {}, lambda: lab.measured(lab.start))
+    with console.phase(2, 3, "rates", "DPO at several learning rates"):
+        lab.train(arms.missing(sweep), sweep)
+    rate = chosen_rate(settings, arms.numbers)
+    of = arms_of(settings, rate)
+    with console.phase(3, 3, "arms", f"at a rate of {rate:g}, {settings.seeds} seeds each"):
+        swept = next(name for name, knobs in sweep.items() if knobs["rate"] == rate)
+        arms.numbers["DPO"] = arms.numbers[swept]
+        lab.train(arms.missing({name: k for name, k in of.items() if name != "DPO"}), of)
+    return {name: arms.numbers[name] for name in [*begin, *sweep, *of]}
+
+
+def chosen_rate(settings: Settings, numbers: dict) -> float:
+    """As the module says; the smallest where none leaves responses on topic."""
+    share = lambda name: np.mean(numbers[name]["free"]["on_topic"])
+    good = [
+        (np.mean(numbers[name]["loss"]), knobs["rate"])
+        for name, knobs in sweep_of(settings).items()
+        if share(name) >= 0.95 * share("start")
+    ]
+    return min(good)[1] if good else min(settings.learning_rates)
+
+
+class Lab:
+    """The models of all seeds, their data, and how an arm is trained and measured."""
+
+    def __init__(self, settings: Settings, arms):
+        self.settings, self.arms = settings, arms
+        self.data, self.trainer = functools.cache(self._data), functools.cache(self._trainer)
+        self.lm = models.model(VOCABULARY, settings.width, settings.layers)
+        self.voice = texts.Voice(self.lm, 3, TOKENS, END)
+        rng = np.random.default_rng((0, 9))
+        self.topics = [i % TOPICS for i in range(settings.samples)]
+        limits = rng.choice(LIMITS, settings.samples)
+        self.asked = [
+            Limited(f"topic{t}", int(n)) for t, n in zip(self.topics, limits, strict=True)
+        ]
+
+    @functools.cached_property
+    def start(self):
+        """Models of natural responses, with a limit in half of the prompts."""
+        settings = self.settings
+        rows = []
+        for seed in range(settings.seeds):
+            rng = np.random.default_rng((seed, 1))
+            prompts, said = [], []
+            for topic, limit in zip(
+                rng.integers(TOPICS, size=4096), rng.integers(1, MOST + 1, size=4096), strict=True
+            ):
+                limited = rng.random() < 0.5
+                asks = rule.instructed(f"topic{topic}", limit) if limited else f"topic{topic}"
+                prompts.append(prompt_ids(asks))
+                said.append(response_ids(natural(rng, topic)))
+            rows.append(texts.batch(prompts, said, LONGEST + 3))
+        spec = OptimizerSpec(learning_rate=3e-3, weight_decay=0.0)
+        train = models.Trainer(self.lm, next_token(), spec, settings.start_steps, 64)
+        fresh = models.fresh(self.lm, settings.seeds)
+        return train(fresh, rows, every=20, tick=self.arms.tick)[0].params
+
+    @functools.cached_property
+    def triples(self) -> list[list[rule.Triple]]:
+        """The original pairs of each seed; of the last tenth the loss is taken, the rest trained
+        on."""
+        found = []
+        for seed in range(self.settings.seeds):
+            rng = np.random.default_rng((seed, 2))
+            mine = []
+            for topic in rng.integers(TOPICS, size=self.settings.pairs):
+                pair = sorted((natural(rng, topic) for _ in range(2)), key=rule.words)
+                short, long = pair
+                order = (long, short) if rng.random() < 0.75 else (short, long)
+                mine.append(rule.Triple(f"topic{topic}", *order))
+            found.append(mine)
+        return found
+
+    def _data(self, which: str):
+        """Rows of each seed, of the originals, the new pairs, both, or those held out."""
+        cut = self.settings.pairs * 9 // 10
+        kinds = {
+            "originals": lambda seed, triples: triples[:cut],
+            "new": lambda seed, triples: self._new(seed, triples[:cut]),
+            "both": lambda seed, triples: triples[:cut] + self._new(seed, triples[:cut]),
+            "held out": lambda seed, triples: triples[cut:],
+        }
+        rows = []
+        for seed, triples in enumerate(self.triples):
+            mine = kinds[which](seed, triples)
+            prompts = [prompt_ids(triple.prompt) for triple in mine]
+            members = ([response_ids(triple[i]) for triple in mine] for i in (1, 2))
+            batches = [texts.batch(prompts, said, LONGEST + 3) for said in members]
+            rows.append(texts.stacked(batches, axis=1))
+        return rows
+
+    def _new(self, seed, triples):
+        of = (rule.limited(triple, seed, self.settings.margin) for triple in triples)
+        return list(itertools.chain.from_iterable(of))
+
+    def train(self, missing: list[str], of: dict[str, dict]) -> None:
+        """Trains and measures these arms."""
+        self.arms.expect(sum(self.steps(of[name]["data"]) for name in missing))
+        for name in missing:
+            self.arms.run(name, of[name], functools.partial(self._arm, name, of[name]))
+
+    def _arm(self, name, knobs):
+        steps = self.steps(knobs["data"])
+        train = self.trainer(knobs["rate"], knobs["length_penalty"], steps)
+        tick = lambda steps: self.arms.tick(steps, name)
+        state, _ = train(self.start, self.data(knobs["data"]), every=CHUNK, tick=tick)
+        return self.measured(state.params) | {"loss": self._loss(state.params)}
+
+    def steps(self, which: str) -> int:
+        """Of an arm that reads these pairs; whole chunks."""
+        rows = min(len(rows["tokens"]) for rows in self.data(which))
+        return max(self.settings.passes * rows // self.settings.batch // CHUNK, 1) * CHUNK
+
+    def _trainer(self, rate, length_penalty, steps):
+        spec = OptimizerSpec(
+            learning_rate=rate,
+            schedule="constant",
+            warmup_steps=steps // 20,
+            weight_decay=0.0,
+            b2=0.99,
+        )
+        method = dpo(beta=self.settings.beta, length_penalty=length_penalty)
+        return models.Trainer(self.lm, method, spec, steps, self.settings.batch)
+
+    def _loss(self, params_S):
+        """DPO's loss on the held-out originals, of each seed."""
+        return np.asarray(
+            self._held_out(params_S, self.start, texts.stacked(self.data("held out")))
+        )
+
+    @functools.cached_property
+    def _held_out(self):
+        objective = dpo(beta=self.settings.beta).objective
+        assert objective
+
+        def loss(params, start, data):
+            key = jax.random.key(0)  # nothing is random
+            total, aux = objective(self.lm, params, {"reference": start}, data, key)
+            return total / aux.weight
+
+        return jax.jit(jax.vmap(loss))
+
+    def measured(self, params_S) -> dict:
+        """What the module says, of each seed; with limits, at each scale."""
+        free = self._said(params_S, [each.prompt for each in self.asked], 0)
+        out: dict[str, Any] = {"free": self._words(free)}
+        by_scale = []
+        for at, scale in enumerate(SCALES):
+            asked = scaled(self.asked, scale)
+            prompts = [rule.instructed(each.prompt, each.limit) for each in asked]
+            said = self._said(params_S, prompts, 1 + at)
+            of = [kept(asked, responses) for responses in said]
+            by_scale.append(
+                {
+                    "violations": [each.violations for each in of],
+                    "share_of_limit": [each.share_of_limit for each in of],
+                    **self._words(said),
+                }
+            )
+            if scale == 1:
+                out["by_limit"] = [self._by_limit(responses) for responses in said]
+        return out | {name: [each[name] for each in by_scale] for name in by_scale[0]}
+
+    def _said(self, params_S, prompts, seed):
+        drawn = self.voice.draw(params_S, [prompt_ids(prompt) for prompt in prompts], seed)
+        return [[text_of(ids) for ids in responses] for responses in drawn]
+
+    def _words(self, said):
+        of = np.array(
+            [
+                [on_topic(t, response) for t, response in zip(self.topics, mine, strict=True)]
+                for mine in said
+            ]
+        )
+        good, words = of[..., 0], of[..., 1]
+        return {"words": words.mean(1), "on_topic": good.sum(1) / np.maximum(words.sum(1), 1)}
+
+    def _by_limit(self, responses):
+        """Mean words of responses by the limit that was asked for."""
+        sizes = np.array([rule.words(response) for response in responses])
+        limits = np.array([each.limit for each in self.asked])
+        return [float(sizes[limits == n].mean()) if n in limits else None for n in LIMITS]
+
+
+def tell(settings: Settings, numbers: dict) -> Told:
+    """Tables, plots and verdicts, from the numbers of the arms alone."""
+    rate = chosen_rate(settings, numbers)
+    return Told(
+        "LIFT: length-instructed pairs",
+        [_limits_hold(numbers), _length_stays(numbers), _originals_are_needed(numbers)],
+        [_arms(settings, numbers, rate), _sweep(settings, numbers, rate)],
+        _panels(settings, numbers, rate),
+        [text.replace("\n", " ") for text in (__doc__ or "").split("\n\n")[1:]],
+    )
+
+
+def violations(arm: dict, scale: float = 1.0) -> stats.Mean:
+    """The share of limits, times `scale`, that responses of an arm go beyond."""
+    return stats.mean(arm["violations"][SCALES.index(scale)])
+
+
+def _limits_hold(numbers):
+    at_once = {name: violations(numbers[name]) for name in ARMS}
+    least, most = EXPECTED
+    lifted, dpo_, between = at_once["LIFT, both"], at_once["DPO"], at_once["R-DPO"]
+    halved = violations(numbers["LIFT, both"], 0.5)
+    holds = lifted.mean <= least and dpo_.mean >= most and halved.mean <= least
+    return Verdict(
+        f"LIFT violates at most {least:.0%} of the limits, halved ones too, where DPO violates at "
+        f"least {most:.0%} and R-DPO lies in between",
+        holds and lifted.mean < between.mean < dpo_.mean,
+        f"LIFT {lifted.percent()}, of halved limits {halved.percent()}; R-DPO "
+        f"{between.percent()}; DPO {dpo_.percent()}.",
+    )
+
+
+def _length_stays(numbers):
+    ratio = _ratio(numbers, "LIFT, both")
+    return Verdict(
+        "without a limit LIFT writes as long as DPO, within 10 %",
+        abs(ratio.mean - 1) <= 0.1,
+        f"LIFT's words over DPO's: {ratio.text()}.",
+    )
+
+
+def _originals_are_needed(numbers):
+    ratio = _ratio(numbers, "LIFT, new pairs")
+    return Verdict(
+        "trained on the new pairs alone, responses without a limit become shorter than DPO's",
+        ratio.high < 0.9,
+        f"Words over DPO's: {ratio.text()}.",
+    )
+
+
+def _ratio(numbers, name):
+    words = lambda name: np.array(numbers[name]["free"]["words"])
+    return stats.mean(words(name) / words("DPO"))
+
+
+def _arms(settings, numbers, rate):
+    at = SCALES.index(1.0)
+    rows = []
+    for name in ("start", *ARMS):
+        arm = numbers[name]
+        rows.append(
+            [
+                name,
+                *(violations(arm, scale).percent() for scale in (1.0, 0.5, 0.3)),
+                stats.mean(arm["words"][at]).text(1),
+                stats.mean(arm["share_of_limit"][at]).text(),
+                stats.mean(arm["free"]["words"]).text(1),
+                stats.mean(arm["on_topic"][at]).percent(),
+                stats.mean(arm["free"]["on_topic"]).percent(),
+            ]
+        )
+    head = ["arm", "violates ×1", "×0.5", "×0.3", "words", "of the limit", "words, no limit"]
+    return Table(
+        "Each arm",
+        [*head, "on topic", "on topic, no limit"],
+        rows,
+        f"Mean ± half of the 95 % t interval over {settings.seeds} seeds, at a learning rate of "
+        f"{rate:g}.",
+    )
+
+
+def _sweep(settings, numbers, rate):
+    rows = []
+    for name, knobs in sweep_of(settings).items():
+        arm = numbers[name]
+        rows.append(
+            [
+                f"{knobs['rate']:g}" + (" (chosen)" if knobs["rate"] == rate else ""),
+                stats.mean(arm["loss"]).text(3),
+                stats.mean(arm["free"]["on_topic"]).percent(),
+                stats.mean(arm["free"]["words"]).text(1),
+                violations(arm).percent(),
+            ]
+        )
+    head = ["rate", "held-out loss", "on topic, no limit", "words, no limit", "violates ×1"]
+    return Table("DPO at several learning rates", head, rows)
+
+
+def _panels(settings, numbers, rate):
+    color = {name: i for i, name in enumerate(ARMS)}
+    by_scale = lambda what: [
+        _line(name, SCALES, np.array(numbers[name][what]).T, color[name]) for name in ARMS
+    ]
+    by_limit = [
+        _line(name, list(LIMITS), np.array(numbers[name]["by_limit"], float), color[name])
+        for name in ARMS
+    ]
+    by_limit.append(Line("the limit", list(LIMITS), list(LIMITS), color=7, style="--", marker=""))
+    rates = sweep_of(settings)
+    of = lambda what: np.array([numbers[name]["free"][what] for name in rates]).T
+    at = [knobs["rate"] for knobs in rates.values()]
+    return [
+        Panel("Limits violated", "limits times", "share", by_scale("violations")),
+        Panel("Words by the limit asked for", "limit, words", "words", by_limit),
+        Panel("Words over the limit", "limits times", "share", by_scale("share_of_limit")),
+        Panel(
+            f"DPO by learning rate ({rate:g} chosen): on topic",
+            "learning rate",
+            "share of words, no limit",
+            [_line("DPO", at, of("on_topic"), 0)],
+            log_x=True,
+        ),
+    ]
+
+
+def _line(name, x, y_SX, color):
+    of = stats.means(y_SX)
+    return Line(name, x, [m.mean for m in of], [m.low for m in of], [m.high for m in of], color)
