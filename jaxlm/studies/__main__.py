@@ -29,6 +29,7 @@ from jaxlm.studies.arms import Arms
 STUDIES = {
     "tr_dpo": "DPO with a reference that follows the policy (arXiv 2404.09656)",
     "lift": "preference pairs that keep length limits (arXiv 2406.17744)",
+    "distill": "a general teacher, an expert, or both (arXiv 2406.19112)",
 }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.contract import LM, Method, TrainState
+from jaxlm.contract import LM, Method, Params, TrainState
 from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.optim import OptimizerSpec, build
 from jaxlm.step import init_state, make_between, make_step
@@ -41,8 +41,17 @@ def order(rows: int, batch: int, steps: int, seed: int) -> np.ndarray:
 class Trainer:
     """Trains each seed by one method; compiles once for each length of a chunk."""
 
-    def __init__(self, lm: LM, method: Method, spec: OptimizerSpec, steps: int, batch: int):
-        self.method, self.steps, self.batch = method, steps, batch
+    def __init__(
+        self,
+        lm: LM,
+        method: Method,
+        spec: OptimizerSpec,
+        steps: int,
+        batch: int,
+        load: Callable[[str], Params] | None = None,
+    ):
+        """`load`: the params of another model by the name that the method's knobs give it."""
+        self.method, self.steps, self.batch, self.load = method, steps, batch, load
         self.tx, _ = build(spec, steps, lm.axes)
         step = make_step(lm, method, self.tx)
 
@@ -53,7 +62,7 @@ class Trainer:
 
     def begin(self, params_S) -> TrainState:
         """The state of each seed; the params are copied, so they may begin another run."""
-        init = lambda params: init_state(params, self.method, self.tx)
+        init = lambda params: init_state(params, self.method, self.tx, self.load)
         return jax.jit(jax.vmap(init))(jax.tree.map(jnp.copy, params_S))
 
     def __call__(
