@@ -20,6 +20,7 @@ from jaxlm.contract import BASE, LM, TrainState, bound, whole
 from jaxlm.data.tokenizer import Tokenizer, same_ids
 from jaxlm.data.tokenizer import load as load_tokenizer
 from jaxlm.hf import folder as hf
+from jaxlm.hf.family import canonical
 from jaxlm.hf.load import load as load_hf
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
@@ -27,7 +28,7 @@ from jaxlm.optim.state import state_shardings
 from jaxlm.params import load as load_params
 from jaxlm.params import of_layers
 from jaxlm.step import init_state, make_between, make_step
-from jaxlm.stored import Stored, is_run, look
+from jaxlm.stored import Stored, behind, is_run, look
 
 
 class Built(NamedTuple):
@@ -284,9 +285,34 @@ def remade(built: Built, model) -> Built:
     return build(run, model.vocabulary, list(built.mesh.devices.flat))
 
 
-def require_same_tokens(built: Built, tokenizer: Tokenizer) -> None:
-    """Raises `ValueError` if another model that the run reads means other text by the same ids."""
-    for name, found in built.stored.items():
+def start_of(run: Run) -> Stored | None:
+    """The model that a new run's `init.checkpoint` names, if it is known what that is.
+
+    Raises `ValueError` where the run has options that make another model of the same params.
+    """
+    found = behind(run.init.checkpoint) if run.init.checkpoint else None
+    if found is None:
+        return None
+    ours = dataclasses.replace(run.model, vocabulary=run.model.vocabulary or 2)
+    ours, theirs = canonical(ours), canonical(found.options)
+    if not run.model.vocabulary:
+        ours["vocabulary"] = theirs["vocabulary"]
+    if wrong := [f"{k}={ours[k]!r} (there {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]:
+        raise ValueError(
+            f"config.init.checkpoint={run.init.checkpoint!r} is of another model than config.model "
+            f"says: {', '.join(wrong)}; give config.model the options of that run"
+        )
+    return found
+
+
+def require_same_tokens(built: Built, tokenizer: Tokenizer, start: Stored | None = None) -> None:
+    """Raises `ValueError` if another model that the run reads means other text by the same ids.
+
+    `start`: the one that its params come from, which may have been converted without a tokenizer.
+    """
+    known = start is not None and start.tokenizer.is_dir()
+    models = {**built.stored, **({"start of this run,": start} if known else {})}
+    for name, found in models.items():
         theirs = load_tokenizer(found.tokenizer)
         if not same_ids(tokenizer, theirs):
             raise ValueError(

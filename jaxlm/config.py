@@ -293,6 +293,11 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         )
     if method.objective is None:
         raise ValueError(f"config.method={c.method!r} has no objective; add next_token or dpo")
+    if late := [b.every for b in method.between if b.every >= c.steps > 1]:
+        raise ValueError(
+            f"config.method={c.method!r}: what happens every {late[0]} steps would change nothing "
+            f"in the config.steps={c.steps} of this run; set its `every` well below that"
+        )
     if c.accumulate > 1 and not method.separable:
         raise ValueError(f"config.method={c.method!r} is no sum over rows: set config.accumulate=1")
     unused = set(methods.METHODS) - used

@@ -69,6 +69,22 @@ def look(path: str | Path) -> Stored:
     )
 
 
+def behind(path: str | Path) -> Stored | None:
+    """The model whose params a start names: of a folder that `look` knows, or of a checkpoint in
+    one; None for a checkpoint that lies on its own. Raises `ValueError` if there is no folder."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"config.init.checkpoint={str(path)!r}: there is no such folder (seen from "
+            f"{Path.cwd()}); train or convert the model that this run is to start from first"
+        )
+    of_checkpoint = folder.absolute().parents[:2]  # WORKDIR/checkpoints/STEP
+    for place in (folder, *of_checkpoint):
+        if is_run(place) or kept.read(place) or hf.is_one(place):
+            return look(place)
+    return None
+
+
 def _of_run(folder):
     try:
         saved = json.loads((folder / "run.json").read_text())["config"]

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import columns, commandline, folder, report, sharding, summary, tasks, together
-from jaxlm.build import Built, build, require_same_tokens
+from jaxlm import columns, commandline, folder, report, sharding, stored, summary, tasks, together
+from jaxlm.build import Built, build, require_same_tokens, start_of
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Run
 from jaxlm.contract import BASE, TrainState
@@ -55,6 +55,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         mesh = sharding.make_mesh(run.mesh)
         run.check_devices(mesh)
         build(run, run.model.vocabulary or 2)  # tells what is wrong before any data is prepared
+        start = None if stored.is_run(run.workdir) else start_of(run)
         parse_stages(run.data.stages, {s.name: s.weight for s in run.data.sources}, run.steps)
         tasks.loaded(run.eval)
         if idle := process.unused_accelerator(jax.devices()):
@@ -75,7 +76,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
 
     with jax.set_mesh(mesh):
         built = build(run, prepared.tokenizer.vocabulary_size)
-        require_same_tokens(built, prepared.tokenizer)
+        require_same_tokens(built, prepared.tokenizer, start)
         with clock("compile"):
             require_right(built.apart, mesh)
         if dry_run:
