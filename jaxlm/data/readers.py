@@ -37,8 +37,9 @@ def read_text(path: pathlib.Path, name: str, key: str, tally: Tally) -> Iterator
     """
     if not key:
         raise ValueError(
-            f"{path} is read as one text, and conversations stand in rows: write them as JSON "
-            "lines (.jsonl), Parquet or ArrayRecord"
+            f"{path} is read as one text; chat, pairs and feedback, which this run asks it for, "
+            "stand in rows: write them as JSON lines (.jsonl), Parquet or ArrayRecord, or choose a "
+            "method that reads text"
         )
     tally.rows += 1
     try:
