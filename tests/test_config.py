@@ -154,3 +154,52 @@ def test_the_number_of_knobs_is_a_decision():
     known = flatten(defaults().to_dict())
     own = [k for k in known if k.split(".")[0] not in methods.METHODS]
     assert len(own) == NUMBER_OF_KEYS, "a new key is a decision: change the number in its commit"
+
+
+def test_a_source_gives_what_the_method_reads(recipe):
+    assert check(recipe).data.sources[0].format == "text"
+    recipe.method = "dpo"
+    run = check(recipe)
+    assert run.data.sources[0].format == "pairs"
+    assert (run.members, run.tokens_per_step) == (2, 16 * 2 * 128)
+    recipe.data.mix.a.format = "chat"
+    with pytest.raises(ValueError, match=r"'a' has format='chat'.*reads pairs: set .*'pairs'"):
+        check(recipe)
+    recipe.method = "kto"
+    recipe.data.mix.a.format = ""
+    assert check(recipe).data.sources[0].format == "feedback"
+    recipe.method = "next_token"
+    recipe.data.mix.a.format = "pairs"
+    with pytest.raises(ValueError, match="'text' or 'chat', or choose another method"):
+        check(recipe)
+
+
+def test_the_best_checkpoint_is_told_by_a_figure_that_there_is(recipe):
+    recipe.eval.every = recipe.checkpoint.every = 10
+    recipe.checkpoint.keep_best = "bits_per_char/a"
+    check(recipe)
+    recipe.method = "dpo"
+    with pytest.raises(ValueError, match="is none of loss/a"):
+        check(recipe)
+    recipe.checkpoint.keep_best = "loss/a"
+    check(recipe)
+
+
+def test_a_recipe_may_promise_any_figure(recipe):
+    recipe.expect.others = "dpo/accuracy/a>=0.9 loss/a<=0.5"
+    run = check(recipe)
+    found = {"bits_per_char": {}, "figures": {"dpo/accuracy/a": 0.95, "loss/a": 0.6}}
+    first, second = summary.verdict(run, found)
+    assert first == "dpo/accuracy/a: 0.950; >= 0.9 expected: reached."
+    assert second.endswith("expected: not reached.")
+    recipe.expect.others = "accuracy=1"
+    with pytest.raises(ValueError, match="should look like"):
+        check(recipe)
+
+
+def test_a_run_of_before_a_key_was_there_opens(recipe):
+    old = check(recipe).config
+    later = ("data.template", "data.too_long", "data.mix.a.format", "data.mix.a.lift")
+    assert set(later) < set(old)
+    again = configs.from_saved({k: v for k, v in old.items() if k not in later})
+    assert again.config == old

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from conversations import tokenizer_of, turns, write_rows
 
-from jaxlm.data import conversations, examples, exercises, lift
+from jaxlm.data import build, conversations, examples, exercises, lift
 from jaxlm.data.batches import Gather, batches
 from jaxlm.data.documents import Tally
 from jaxlm.data.prepare import prepare
@@ -363,3 +363,13 @@ def test_best_fit_holds_everything_once(bins):
     assert sorted(i for each in found for i in each) == list(range(len(bins)))
     assert all(sum(bins[i] for i in each) <= 10 for each in found)
     assert len(found) == -(-sum(bins) // 10)
+
+
+def test_a_tokenizer_is_trained_on_what_is_said(tmp_path):
+    source = source_of(tmp_path, pairs(12), "pairs")
+    spec = DataSpec((source,), tokenizer="bpe", vocabulary=260, length=64, held_out=0.3)
+    texts = list(build._training_texts(spec, lambda *said: None))
+    everything = {text for row in pairs(12) for text in row.values()}
+    assert texts
+    assert set(texts) < everything
+    assert prepare(spec, tmp_path / "cache").sources[0].rows == len(texts) // 3
