@@ -4,14 +4,16 @@ dropped, as `too_long` says, and counted.
 format     a record
 chat       a row of whole conversations, each a segment of its own, as many as fit
 pairs      two rows: the prompt with the chosen, and with the rejected response
-feedback   two rows and a label: the prompt with its response, and with the response of the next
-           example that has another prompt (what KTO estimates its divergence with)
+feedback   two rows and a label: the prompt with its response, and with a response to the next
+           other prompt, its first for the first one and so on (KTO estimates its divergence with
+           these, so they have to be as good and as bad as the responses are)
 
 N rows, L length.
 """
 
 import bisect
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,20 +42,21 @@ class Maker:
     def __init__(self, form: str, template: Template, length: int, too_long: str, tally: Tally):
         self._form, self._template, self._tally = form, template, tally
         self._length, self._too_long = length, too_long
-        self._spare: Example | None = None  # of an earlier chunk, for a mismatched response
+        self._spares: list[list[Example]] = []  # the last two prompts' examples
 
     def __call__(self, named: Sequence[tuple[str, Example]], room: int = 0) -> Made:
         """`named`: examples, each with where it stands. `room`: for tokens of responses, 0 = all;
         the last example may go beyond it."""
         if self._form == "chat":
             return self._chat(named, room)
-        make = self._pair if self._form == "pairs" else self._feedback
+        pairs = self._form == "pairs"
+        others = [{}] * len(named) if pairs else self._others([each for _, each in named])
         found, labels, counts = [], [], collections.Counter()
-        for i, (where, example) in enumerate(named):
+        for (where, example), other in zip(named, others, strict=True):
             if room and counts["tokens"] >= room:
                 break
             try:
-                both = make(example, i, named)
+                both = self._pair(example) if pairs else self._feedback(example, other)
             except Malformed as why:
                 self._tally.bad(where, str(why))
                 continue
@@ -68,8 +71,6 @@ class Maker:
                 for part in ("chosen", "rejected", "response")
                 for m in example.get(part, ())
             )
-        if named:
-            self._spare = named[-1][1]
         rows = whole_rows([[one] for one in found], self._length)
         return Made(rows, labels, counts)
 
@@ -91,8 +92,7 @@ class Maker:
         bins = best_fit([len(one.ids) for one in found], self._length + 1)
         return Made(whole_rows([[found[i] for i in b] for b in bins], self._length), [], counts)
 
-    def _pair(self, example, i, named):
-        del i, named
+    def _pair(self, example):
         prompt = example["prompt"]
         both = [
             self._template.encode([*prompt, *example[key]], len(prompt))
@@ -100,10 +100,9 @@ class Maker:
         ]
         return self._fit(both)
 
-    def _feedback(self, example, i, named):
+    def _feedback(self, example, other):
         prompt = example["prompt"]
         own = self._template.encode([*prompt, *example["response"]], len(prompt))
-        other = self._other(example, i, named)
         mismatched = self._template.encode([*prompt, *other["response"]], len(prompt))
         fits = self._fit([own])
         if fits is None:
@@ -113,15 +112,24 @@ class Maker:
         mismatched = _without_start(mismatched, cut, self._template.tokenizer.bos)
         return [*fits, _first(mismatched, self._length + 1)]
 
-    def _other(self, example, i, named) -> Example:
-        """The next example that has another prompt."""
-        later = (each for _, each in [*named[i + 1 :], *named[:i]])
-        found = next((each for each in later if each["prompt"] != example["prompt"]), self._spare)
-        if found is None or found["prompt"] == example["prompt"]:
-            raise ValueError(
-                "feedback needs at least two prompts: KTO compares with the response to another one"
-            )
-        return found
+    def _others(self, examples: Sequence[Example]) -> list[Example]:
+        """For each example the one at its place among those of the next other prompt."""
+        asked = lambda example: example["prompt"]
+        groups = [list(group) for _, group in itertools.groupby(examples, asked)]
+        around, others = [*groups, *groups[:2], *reversed(self._spares)], []
+        for i, group in enumerate(groups):
+            later = (around[j] for j in range(i + 1, len(around)))
+            other = next((each for each in later if asked(each[0]) != asked(group[0])), None)
+            if other is None:
+                raise ValueError(
+                    "feedback needs at least two prompts: KTO compares with the response to "
+                    "another one"
+                )
+            others += [other[k % len(other)] for k in range(len(group))]
+        known = [*self._spares, *groups]
+        apart = [each for each in known if asked(each[0]) != asked(known[-1][0])]
+        self._spares = [*apart[-1:], *known[-1:]]
+        return others
 
     def _fit(self, members: list[Encoded]) -> list[Encoded] | None:
         """The members cut to the length, alike at the start; None where nothing is left."""

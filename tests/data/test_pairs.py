@@ -165,10 +165,10 @@ def test_a_batch_of_feedback_has_a_mismatched_response(tmp_path):
     own, other = (texts_of(batch, "targets", found, m) for m in (0, 1))
     assert batch["desirable"].tolist() == [float(text.startswith("right")) for text in own]
     assert found.card["sources"]["pref"]["liked"] == 20
-    assert all(text.startswith("right") for text in other)  # the next prompt's first
-    answered = {text.partition("<")[0]: text for text in other}
-    assert len(answered) == 20
     assert all(a != b for a, b in zip(own, other, strict=True))
+    # As many of one kind as of the other are mismatched: k is of both, as in the paper.
+    assert [text[0] for text in other] == [text[0] for text in own]
+    assert len({text for text in other if text.startswith("right")}) == 20
     assert found.sources[0].tokens == batch["weights"][:, 0].sum()
 
 
