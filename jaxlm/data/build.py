@@ -172,13 +172,15 @@ def _build_conversations(folder, spec, source, template, report) -> dict:
     writer, aside = (records.Writer(folder, dtype, prefix) for prefix in ("", "held_out_"))
     total = collections.Counter()
 
+    # One for both sides: a prompt that is held out alone takes a response that is trained on.
+    make = conversations.Maker(source.format, template, spec.length, spec.too_long, tally)
+
     def write(documents, to, most):
-        make = conversations.Maker(source.format, template, spec.length, spec.too_long, tally)
-        for chunk in chunks(documents):
+        for named in _named(documents, source.format):
             if most and total["tokens"] >= most:
                 break
             room = most and most - total["tokens"]
-            made = make([(each.name, json.loads(each.text)) for each in chunk], room)
+            made = make(named, room)
             to.append(conversations.to_records(made, source.format, dtype))
             if to is writer:
                 total.update(made.counts)
@@ -219,6 +221,19 @@ def _build_conversations(folder, spec, source, template, report) -> dict:
             *_notes_on_conversations(source, spec, template, total, useless),
         ],
     }
+
+
+def _named(documents, form):
+    """(name, example) of documents, chunk by chunk; of feedback the first has two prompts."""
+    held, enough = [], form != "feedback"
+    for chunk in chunks(documents):
+        held += [(each.name, json.loads(each.text)) for each in chunk]
+        enough = enough or any(each["prompt"] != held[0][1]["prompt"] for _, each in held)
+        if enough:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 def _notes_on_conversations(source, spec, template, total, useless) -> list[str]:

@@ -193,6 +193,32 @@ def test_one_prompt_has_nothing_to_mismatch(tmp_path):
         prepared(tmp_path, rows, "feedback")
 
 
+def test_few_prompts_held_out_are_enough(tmp_path):
+    """A pair taken apart alone on the held-out side, and at the end of what is read at a time."""
+    rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    shares = [examples.prompt_hash({"prompt": turns(row["prompt"])}) / 2**64 for row in rows]
+    where = tokenizer_of(tmp_path)[1]
+    one = prepared(tmp_path, rows, "feedback", 48, where, held_out=sum(sorted(shares)[:2]) / 2)
+    assert one.sources[0].held_out_rows == 2
+    batch = Gather([one.sources[0]], held_out=True)(np.arange(2))
+    assert [text[0] for text in texts_of(batch, "targets", one, 1)] == ["y", "n"]
+
+
+@pytest.mark.parametrize("size", [1, 150])
+def test_a_mismatched_response_may_stand_in_another_chunk(tmp_path, size, monkeypatch):
+    monkeypatch.setattr(build, "CHUNK", size)
+    where = tokenizer_of(tmp_path)[1]
+    rows = [
+        {"prompt": "ab"[i > 2], "response": f"r{'ab'[i > 2]}{i}", "label": i % 2 == 0}
+        for i in range(6)
+    ]
+    found = prepared(tmp_path, rows, "feedback", 48, where)
+    batch = next(batches(found, rows=6, position=0, seed=0, threads=0))
+    own, other = (texts_of(batch, "targets", found, m) for m in (0, 1))
+    assert {text[1] for text in own} == {"a", "b"}
+    assert all(a[1] != b[1] for a, b in zip(own, other, strict=True))
+
+
 def test_what_is_left_out_is_in_the_card_and_a_note(tmp_path):
     bad = [{"prompt": "x", "chosen": "y", "rejected": "y"}, {"prompt": "x", "chosen": "y"}]
     found = prepared(tmp_path, [*pairs(20), *bad], "pairs", skip_malformed=0.1)
