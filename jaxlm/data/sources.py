@@ -57,7 +57,7 @@ class SourceSpec:
                 f"source {self.name!r}: format={self.format!r} may be '' or one of "
                 f"{', '.join(examples.FORMATS)}"
             )
-        if self.lift not in examples.LIFT or (self.lift and self.format in ("text", "chat")):
+        if self.lift not in examples.LIFT or (self.lift and self.format not in ("", "pairs")):
             raise ValueError(
                 f"source {self.name!r}: lift={self.lift!r} may be '', 'both' or 'only', and needs "
                 "format='pairs'"

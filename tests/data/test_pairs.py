@@ -353,6 +353,7 @@ def test_a_text_is_no_table(tmp_path):
         ({"format": "chats"}, "may be '' or one of text, chat, pairs, feedback"),
         ({"format": "pairs", "lift": "yes"}, "lift='yes' may be"),
         ({"format": "chat", "lift": "both"}, "needs format='pairs'"),
+        ({"format": "feedback", "lift": "only"}, "needs format='pairs'"),
     ],
 )
 def test_wrong_keys(keys, message):
