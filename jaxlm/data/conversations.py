@@ -98,7 +98,12 @@ class Maker:
             self._template.encode([*prompt, *example[key]], len(prompt))
             for key in ("chosen", "rejected")
         ]
-        return self._fit(both)
+        fits = self._fit(both)
+        if fits and fits[0] == fits[1]:  # cut where they differ, or written alike
+            self._tally.useless["cut"] -= fits is not both
+            self._tally.useless["equal responses"] += 1
+            return None
+        return fits
 
     def _feedback(self, example, other):
         prompt = example["prompt"]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conversations import tokenizer_of, turns, write_rows
+from conversations import TRIMMED, tokenizer_of, turns, write_rows
 
 from jaxlm.data import build, conversations, examples, exercises, lift
 from jaxlm.data.batches import Gather, batches
@@ -248,6 +248,20 @@ def test_a_long_prompt_loses_its_start_alike_in_both(tmp_path):
     dropped = prepared(tmp_path, [row, *pairs(3)], "pairs").card["sources"]["pref"]
     assert dropped["documents"] == 3
     assert dropped["useless"] == {"too long": 1}
+
+
+@pytest.mark.parametrize(
+    ("template", "chosen", "rejected"),
+    [("chatml", "y" * 90, "y" * 91), (TRIMMED, "yes", " yes\n")],
+)
+def test_pairs_that_become_equal_are_left_out(tmp_path, template, chosen, rejected):
+    (tmp_path / "own.jinja").write_text(template)
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected}, *pairs(3)]
+    template = template if template == "chatml" else str(tmp_path / "own.jinja")
+    found = prepared(tmp_path, rows, "pairs", too_long="end", template=template)
+    card = found.card["sources"]["pref"]
+    assert card["documents"] == 3
+    assert card["useless"] == {"equal responses": 1}
 
 
 # ---------------------------------------------------------------- sides, formats, LIFT
