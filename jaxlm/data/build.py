@@ -238,7 +238,8 @@ def _named(documents, form):
 
 def _notes_on_conversations(source, spec, template, total, useless) -> list[str]:
     name, notes = source.name, []
-    dropped = {reason: count for reason, count in useless.items() if reason != "cut"}
+    apart = ("cut", examples.TOO_NEAR)
+    dropped = {reason: count for reason, count in useless.items() if reason not in apart}
     if dropped:
         what = ", ".join(f"{count:,} for {reason}" for reason, count in dropped.items())
         more = (
@@ -246,6 +247,12 @@ def _notes_on_conversations(source, spec, template, total, useless) -> list[str]
         )
         notes.append(
             f"Source {name!r}: left out {what}{more}; {total['examples']:,} are trained on."
+        )
+    if near := useless.get(examples.TOO_NEAR):
+        stay = " and stay as they are" if source.lift == "both" else ", so they are left out"
+        notes.append(
+            f"Source {name!r}: {near:,} pairs gave none with a limit on the length: their "
+            f"responses are of too near lengths{stay}."
         )
     if useless.get("cut"):
         notes.append(

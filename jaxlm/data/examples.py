@@ -23,6 +23,7 @@ FORMATS = ("text", "chat", "pairs", "feedback")
 READ_AS = {"rows": ("text", "chat"), "pairs": ("pairs",), "feedback": ("feedback",)}
 """What a method reads -> formats that give it; the first is what "" stands for."""
 LIFT = ("", "both", "only")
+TOO_NEAR = "lengths too near for lift"
 
 FIELDS = (
     *("messages", "conversations", "prompt", "response", "completion", "answer"),
@@ -74,7 +75,11 @@ def read(
         for i, example in enumerate(found):
             name = f"{document.name}/{i + 1}" if len(found) > 1 else document.name
             split = "held_out" if is_held_out(prompt_hash(example), share) else "train"
-            for each in _lifted(example, how_lift):
+            if how_lift != "only":
+                yield Document(name, canonical(example), split)
+            limited = _limited(example) if how_lift else []
+            tally.useless[TOO_NEAR] += bool(how_lift and not limited)
+            for each in limited:
                 yield Document(name, canonical(each), split)
 
 
@@ -252,22 +257,22 @@ def _in_order(messages: list[Message], what: str) -> list[Message]:
 # ---------------------------------------------------------------- LIFT
 
 
-def _lifted(example: Example, how: str) -> Iterator[Example]:
-    """The example, the pairs with a limit on the length that it gives, or both (`data.lift`)."""
-    if how != "only":
-        yield example
-    if not how:
-        return
+def _limited(example: Example) -> list[Example]:
+    """The pairs with a limit on the length that a pair gives (`data.lift`)."""
     asked = max(i for i, message in enumerate(example["prompt"]) if message["role"] != "assistant")
     question = example["prompt"][asked]
     whole = {key: "\n".join(m["content"] for m in example[key]) for key in ("chosen", "rejected")}
     triple = lift.Triple(question["content"], whole["chosen"], whole["rejected"])
+    found = []
     for prompt, chosen, _ in lift.limited(triple):
         with_limit = [*example["prompt"]]
         with_limit[asked] = question | {"content": prompt}
         order = ("chosen", "rejected") if chosen == whole["chosen"] else ("rejected", "chosen")
-        yield {
-            "prompt": with_limit,
-            "chosen": example[order[0]],
-            "rejected": example[order[1]],
-        }
+        found.append(
+            {
+                "prompt": with_limit,
+                "chosen": example[order[0]],
+                "rejected": example[order[1]],
+            }
+        )
+    return found

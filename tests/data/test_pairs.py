@@ -335,6 +335,20 @@ def test_lift_is_a_key_of_a_source(tmp_path):
     assert len(lift.limited(triple)) == 2
 
 
+def test_pairs_whose_lengths_are_too_near_for_lift_are_counted(tmp_path):
+    where = tokenizer_of(tmp_path)[1]
+    rows = [*pairs(4), {"prompt": "q", "chosen": "many words " * 10, "rejected": "few"}]
+    for how, count in (("both", 7), ("only", 2)):
+        found = prepared(tmp_path, rows, "pairs", 512, where, lift=how)
+        card = found.card["sources"]["pref"]
+        assert (card["rows"], card["useless"]) == (count, {examples.TOO_NEAR: 4})
+        said = " ".join(found.notes)
+        assert "4 pairs gave none with a limit" in said
+        assert ("left out" in said) == ("stay as they are" not in said) == (how == "only")
+    with pytest.raises(ValueError, match="4 lengths too near for lift"):
+        prepared(tmp_path, pairs(4), "pairs", 512, where, lift="only")
+
+
 def test_parquet_and_other_columns(tmp_path):
     table = pyarrow.Table.from_pylist(
         [{"id": i, "messages": turns(f"q{i}", "a")} for i in range(30)]
