@@ -119,12 +119,14 @@ class Template:
     # ------------------------------------------------------------ where the responses are
 
     def _require_all(self, messages, whole):
-        for message in messages:
-            content = message["content"].strip()
+        """Each text has to have a place of its own, in any order: some templates write the
+        system's message before the last question. The longest choose first, for a shorter one may
+        stand in them too; of like ones the system's is last, since that is what is dropped."""
+        said = [(message["content"].strip(), message["role"]) for message in messages]
+        for content, role in sorted(said, key=lambda one: (-len(one[0]), one[1] == "system")):
             if content not in whole:
-                raise Malformed(
-                    f"the chat template drops the text of a {message['role']}'s message"
-                )
+                raise Malformed(f"the chat template drops the text of a {role}'s message")
+            whole = whole.replace(content, "\0", 1)
             self.spelled += any(token in content for token in self._added)
 
     def _span(self, messages, k, whole) -> tuple[int, int]:

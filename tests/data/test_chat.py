@@ -123,6 +123,11 @@ def test_a_tokenizer_without_offsets_gives_the_same(tmp_path):
     ("text", "said", "why"),
     [
         (SYSTEMLESS, [{"role": "system", "content": "be kind"}, *SAID], "drops the text of a sys"),
+        (
+            SYSTEMLESS,
+            [{"role": "system", "content": "be kind"}, *turns("Please be kind.", "be kind")],
+            "drops the text of a sys",
+        ),
         (STRICT, [*SAID[:1], *SAID], "refuses these messages: Roles must alternate!"),
         (LOOKING_BACK, SAID, "otherwise once it is answered"),
     ],
@@ -130,6 +135,18 @@ def test_a_tokenizer_without_offsets_gives_the_same(tmp_path):
 def test_what_a_template_cannot_carry_is_said(tmp_path, text, said, why):
     with pytest.raises(Malformed, match=why):
         template_of(tmp_path, text).encode(said)
+
+
+def test_a_system_message_may_stand_with_the_last_question(tmp_path):
+    moved = (
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% for m in messages if m.role != 'system' %}"
+        "{% if m == asked[-1] %}{{ messages[0].content + ' ' }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+    )
+    said = [{"role": "system", "content": "Why not?"}, *turns("Who", "so", "Why", "so")]
+    found = template_of(tmp_path, moved).encode(said, 4)
+    assert sum(found.answer) == len("so") + 1
 
 
 def test_a_template_gives_the_same_on_any_day(tmp_path):
