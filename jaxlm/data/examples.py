@@ -6,10 +6,10 @@ pairs      prompt, chosen, rejected; chosen and rejected may be whole conversati
 feedback   prompt, response (completion), label (true or false); or a pair, which is taken apart
 
 A text stands for one message, of the user or the assistant; messages are a list of {"role",
-"content"} ("from" and "value" do too). What comes out is a JSON text with sorted keys, so that
-filters, de-duplication and caches treat it as a document; `Malformed` says what is wrong with a
-row, `Useless` why it teaches nothing. Training or held-out is decided by the first question alone,
-so no prompt lies on both sides, in no source and in no format.
+"content"} ("from" and "value" do too); a column "system" is the first message of any of them. What
+comes out is a JSON text with sorted keys, so that de-duplication and caches treat it as a document;
+`Malformed` says what is wrong with a row, `Useless` why it teaches nothing. Training or held-out is
+decided by the first question alone, so no prompt lies on both sides, in no source and in no format.
 """
 
 import json
@@ -27,7 +27,7 @@ TOO_NEAR = "lengths too near for lift"
 
 FIELDS = (
     *("messages", "conversations", "prompt", "response", "completion", "answer"),
-    *("chosen", "rejected", "label"),
+    *("chosen", "rejected", "label", "system"),
 )
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 ANSWERS = ("response", "completion", "answer")
@@ -46,6 +46,10 @@ class Useless(Exception):
 
 def parse(row: dict[str, Any], form: str) -> list[Example]:
     """The examples of a row: two where a pair is taken apart for feedback, else one."""
+    return [_with_system(example, row.get("system")) for example in _parsed(row, form)]
+
+
+def _parsed(row, form) -> list[Example]:
     if form == "chat":
         return [_chat(row)]
     if form == "pairs" or ("response" not in row and "chosen" in row):
@@ -159,6 +163,21 @@ def _feedback(row) -> Example:
     prompt, answer = _prompt(row), _messages(_answer(row), "the response", "assistant")
     _in_order([*prompt, *answer], "prompt and response")
     return {"prompt": prompt, "response": answer, "label": row["label"]}
+
+
+def _with_system(example, said) -> Example:
+    """The example with the column `system` as its first message."""
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return example
+    if not isinstance(said, str):
+        raise Malformed("'system' is no text")
+    key = "prompt" if "prompt" in example else "messages"
+    first, messages = _message({"role": "system", "content": said}, "system"), example[key]
+    if messages[0]["role"] != "system":
+        return example | {key: [first, *messages]}
+    if messages[0] != first:
+        raise Malformed(f"{key!r} has another system's message than 'system'")
+    return example
 
 
 def _shared(chosen, rejected):

@@ -116,7 +116,7 @@ def read_parquet(path: pathlib.Path, name: str, key: str, tally: Tally) -> Itera
         if key and key not in columns:
             raise ValueError(f"{path} has no column {key!r}; set text to one of {columns}.")
         wanted = [key] if key else [column for column in columns if column in FIELDS]
-        if not wanted:
+        if not key and not set(wanted) - {"system"}:
             raise ValueError(f"{path} has none of the columns {FIELDS}; there are {columns}.")
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=wanted):

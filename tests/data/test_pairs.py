@@ -20,6 +20,7 @@ ASKED, SYSTEM = turns("Why?"), [{"role": "system", "content": "be kind"}]
 GOOD, BAD = [{"role": "assistant", "content": "so"}], [{"role": "assistant", "content": "no"}]
 PAIR = {"prompt": ASKED, "chosen": GOOD, "rejected": BAD}
 TALK = {"messages": [*ASKED, *GOOD]}
+KIND_TALK = {"messages": [*SYSTEM, *ASKED, *GOOD]}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,15 @@ TALK = {"messages": [*ASKED, *GOOD]}
         ("pairs", {"prompt": "Why?", "chosen": GOOD, "rejected": BAD}, PAIR),
         ("pairs", {"chosen": [*ASKED, *GOOD], "rejected": [*ASKED, *BAD]}, PAIR),
         ("pairs", {"prompt": "Why?", "chosen": [*ASKED, *GOOD], "rejected": [*ASKED, *BAD]}, PAIR),
+        ("chat", {"system": "be kind", **TALK}, KIND_TALK),
+        ("chat", {"system": " ", **TALK}, TALK),
+        ("chat", {"system": "be kind", **KIND_TALK}, KIND_TALK),
+        ("pairs", {"system": "be kind", **PAIR}, PAIR | {"prompt": [*SYSTEM, *ASKED]}),
+        (
+            "pairs",
+            {"system": "be kind", "chosen": [*ASKED, *GOOD], "rejected": [*ASKED, *BAD]},
+            PAIR | {"prompt": [*SYSTEM, *ASKED]},
+        ),
         (
             "feedback",
             {"prompt": "Why?", "completion": "so", "label": False},
@@ -74,6 +84,8 @@ def test_a_pair_is_feedback_twice():
         ("chat", {"messages": [*GOOD, *ASKED, *GOOD]}, "the first message in messages is the assi"),
         ("chat", {"messages": [*ASKED, *SYSTEM, *GOOD]}, "not the first"),
         ("chat", {"prompt": "x"}, "no 'response'|no 'messages'"),
+        ("chat", {"system": 3, **TALK}, "'system' is no text"),
+        ("chat", {"system": "be rude", **KIND_TALK}, "another system's message than 'system'"),
         ("pairs", {"prompt": "x", "chosen": "y"}, "no 'rejected'; the row has chosen, prompt"),
         ("pairs", {"prompt": "x", "chosen": "y", "rejected": 4}, "'rejected' is neither"),
         ("pairs", {"chosen": GOOD, "rejected": BAD}, "do not begin alike"),
@@ -351,14 +363,14 @@ def test_pairs_whose_lengths_are_too_near_for_lift_are_counted(tmp_path):
 
 def test_parquet_and_other_columns(tmp_path):
     table = pyarrow.Table.from_pylist(
-        [{"id": i, "messages": turns(f"q{i}", "a")} for i in range(30)]
+        [{"id": i, "system": "be kind", "messages": turns(f"q{i}", "a")} for i in range(30)]
     )
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(table, path)
     spec = SourceSpec("p", str(path), format="chat")
     found = list(read(spec, Tally(), 0.2))
     assert len(found) == 30
-    assert json.loads(found[3].text) == {"messages": turns("q3", "a")}
+    assert json.loads(found[3].text) == {"messages": [*SYSTEM, *turns("q3", "a")]}
     assert {document.split for document in found} == {"train", "held_out"}
     pyarrow.parquet.write_table(table.drop_columns("messages"), path)
     with pytest.raises(ValueError, match="none of the columns"):
