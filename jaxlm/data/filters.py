@@ -1,7 +1,8 @@
 """A small language that says which documents to keep; nothing in it is executed.
 
 "min_characters=200, max_characters=100000, match='^(import|from) ', name=*.py" keeps what meets
-every term. A value that contains a comma stands in quotes.
+every term. A value that contains a comma stands in quotes. The text of a conversation is that of
+its messages, one below the other.
 
   min_characters max_characters min_words max_words    whole numbers, inclusive
   match reject                                         a regular expression found, not found

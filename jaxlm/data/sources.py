@@ -12,6 +12,7 @@ a file, or a path with * ?    .jsonl .jsonl.gz .ndjson / .parquet / .array_recor
 import dataclasses
 import glob as globbing
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -171,10 +172,15 @@ def read(
     for document in found:
         if not document.text.strip():
             tally.empty += 1
-        elif not keep(document):
+        elif spec.filter and not keep(_said(document) if spec.structured else document):
             tally.filtered += 1
         else:
             yield document
+
+
+def _said(document: Document) -> Document:
+    """What is said in the example that the document holds, message by message."""
+    return document._replace(text="\n".join(examples.texts(json.loads(document.text))))
 
 
 def read_as_one_text(spec: SourceSpec) -> str:

@@ -377,6 +377,16 @@ def test_parquet_and_other_columns(tmp_path):
         list(read(spec, Tally(), 0.2))
 
 
+def test_a_filter_looks_at_what_is_said(tmp_path):
+    rows = [{"prompt": "q" * i, "chosen": "yes", "rejected": "no"} for i in range(1, 9)]
+    terms = "min_characters=11, match='^yes$', reject='qqqqqq|role'"
+    spec = source_of(tmp_path, rows, "pairs", filter=terms)
+    tally = Tally()
+    found = [json.loads(document.text) for document in read(spec, tally, 0.0)]
+    assert [each["prompt"][0]["content"] for each in found] == ["qqqq", "qqqqq"]
+    assert tally.filtered == 6
+
+
 def test_a_text_is_no_table(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(ValueError, match="conversations stand in rows"):
