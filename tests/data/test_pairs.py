@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pyarrow
@@ -293,12 +294,12 @@ def test_no_prompt_lies_on_both_sides(tmp_path):
         batch = gather(np.arange(source.held_out_rows))
         kept = next(batches(found, rows=source.rows, position=0, seed=0, threads=0))
         asked = [
-            {found.tokenizer.decode(t[t > 0]).split("user\n")[1].split("\n")[0] for t in b}
+            {q for t in b for q in re.findall(r"user\n(q\d+)", found.tokenizer.decode(t[t > 0]))}
             for b in (batch["tokens"].reshape(-1, 96), kept["tokens"].reshape(-1, 96))
         ]
-        assert asked[0]
-        if form != "chat":
-            assert not asked[0] & asked[1]
+        assert len(asked[0]) == len(held)
+        assert not asked[0] & asked[1]
+        assert asked[0] | asked[1] == {row["prompt"] for row in rows}
         sides.append(held)
     assert sides[0] == sides[1] == sides[2]
     assert 3 < len(sides[0]) < 25
