@@ -6,14 +6,15 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from jaxlm.build import Built
 from jaxlm.data import chat, pack
-from jaxlm.data.examples import messages_before_answer
+from jaxlm.data.documents import Document
+from jaxlm.data.examples import Malformed, messages_before_answer
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.records import Reader
 from jaxlm.evals import tasks
@@ -245,12 +246,7 @@ class Observer:
         assert self.template
         length = self.built.run.data.length
         room = min(self.built.run.eval.sample_tokens, length // 2)
-        for document in source.held_out[:100]:
-            messages = messages_before_answer(json.loads(document.text))
-            ids = self.template.prompt(messages)
-            if len(ids) + room <= length:
-                return ids
-        return []
+        return first_question(source.held_out[:100], self.template, length - room)
 
     def _shown(self, name, request) -> str:
         first = 1 if request.ids[0] == self.prepared.tokenizer.bos else 0
@@ -309,6 +305,17 @@ class Observer:
         """What the model trained on of this source; "" if that is too much to prime xz with."""
         source = next(s for s in self.prepared.sources if s.name == name)
         return training_text(self.prepared, source) if source.characters <= PRIMED_LIMIT else ""
+
+
+def first_question(documents: Iterable[Document], template: chat.Template, most: int) -> list[int]:
+    """The tokens of the first prompt that has at most so many; [] where there is none."""
+    for document in documents:
+        # What the template refuses was counted when the records were made, and is none of them.
+        with contextlib.suppress(Malformed):
+            ids = template.prompt(messages_before_answer(json.loads(document.text)))
+            if len(ids) <= most:
+                return ids
+    return []
 
 
 def training_text(prepared: Prepared, source) -> str:

@@ -1,5 +1,7 @@
 """Loss falls on responses and on what ends them, whatever the template; nothing leaks in a row."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,13 @@ from toy import toy
 
 from jaxlm.data import chat, conversations, tokenizer
 from jaxlm.data.batches import batches
-from jaxlm.data.documents import Tally
+from jaxlm.data.documents import Document, Tally
 from jaxlm.data.examples import Malformed
 from jaxlm.data.prepare import prepare
 from jaxlm.data.sources import SourceSpec
 from jaxlm.data.spec import DataSpec
 from jaxlm.methods.next_token import next_token
+from jaxlm.observe import first_question
 
 SAID = turns("Hello there", "hello you\n ", "And für 日本?", "  x🎉 <b> ")
 
@@ -147,6 +150,15 @@ def test_a_system_message_may_stand_with_the_last_question(tmp_path):
     said = [{"role": "system", "content": "Why not?"}, *turns("Who", "so", "Why", "so")]
     found = template_of(tmp_path, moved).encode(said, 4)
     assert sum(found.answer) == len("so") + 1
+
+
+def test_a_question_is_asked_that_the_template_takes(tmp_path):
+    template = template_of(tmp_path, STRICT)
+    talks = [[*SAID[:1], *SAID], turns("q" * 50, "a"), turns("Why?", "so")]
+    documents = [Document(str(i), json.dumps({"messages": m})) for i, m in enumerate(talks)]
+    asked = first_question(documents, template, most=30)
+    assert template.tokenizer.decode(asked) == "Why?"
+    assert first_question(documents[:2], template, most=30) == []
 
 
 def test_a_template_gives_the_same_on_any_day(tmp_path):
