@@ -260,15 +260,22 @@ def verdict(run, found: dict) -> list[str]:
             f"The recipe promises {', '.join(said)} for its own settings; this run set "
             f"{', '.join(run.overridden)}, so it is not judged by them."
         ]
+    figures = found.get("figures", {})
     for name, side, bound in bounds:
-        if (value := found.get("figures", {}).get(name)) is not None:
-            word = (
-                "reached" if (value <= bound if side == "<=" else value >= bound) else "not reached"
-            )
-            lines.append(f"{name}: {value:.3f}; {side} {bound:g} expected: {word}.")
+        value = figures.get(name)  # a mistyped name and a figure that is not finite have none
+        said = f"not given (there is {', '.join(figures) or 'none'})"
+        word = "not reached"
+        if value is not None:
+            said = f"{value:.3f}"
+            word = "reached" if (value <= bound if side == "<=" else value >= bound) else word
+        lines.append(f"{name}: {said}; {side} {bound:g} expected: {word}.")
     for source, most in expected.items():
         value = found["bits_per_char"].get(source)
         if value is None:
+            lines.append(
+                f"{source}: no bits per character were given; at most {most:.2f} expected: not "
+                "reached."
+            )
             continue
         word = "reached" if value <= most else "not reached"
         lines.append(

@@ -145,6 +145,16 @@ def test_a_recipe_promises_for_its_own_settings_only(monkeypatch):
     assert "not reached" in summary.verdict(same, found)[0]
 
 
+def test_a_promise_of_a_figure_that_is_not_there_is_said(recipe):
+    recipe.expect.others = "loss/a<=0.5 los/a<=0.5"
+    found = {"bits_per_char": {}, "figures": {"loss/a": 0.4}}
+    first, second = summary.verdict(check(recipe), found)
+    assert first.endswith("expected: reached.")
+    assert second == "los/a: not given (there is loss/a); <= 0.5 expected: not reached."
+    recipe.expect.bits_per_char = "a=1.3"
+    assert "a: no bits per character were given" in summary.verdict(check(recipe), found)[-1]
+
+
 def test_what_a_source_of_a_recipe_changes_is_told_from_the_defaults(recipe):
     assert "data.mix.a.glob" in check(recipe).changed
     assert "data.mix.a.weight" not in check(recipe).changed
