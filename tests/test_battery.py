@@ -104,6 +104,7 @@ ENTRIES = {
     "next_token + ema": Entry((next_token, ema)),
     "next_token + migu, decoder": Entry((next_token, migu), optimizer="muon", model="decoder"),
     "dpo + follow, decoder": Entry((dpo, often), toy.pairs, model="decoder"),
+    "distill + lora": Entry((taught, small)),
     "dpo + lora + follow": Entry((dpo, small, often), toy.pairs),
     "next_token + lora + migu, decoder": Entry(
         (next_token, small, migu), optimizer="muon", model="decoder"

@@ -2,19 +2,24 @@
 
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from jaxlm import columns
-from jaxlm.build import build
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.build import build, require_same_tokens
+from jaxlm.checkpoint import Checkpoints, storage
+from jaxlm.checkpoint.digest import named
 from jaxlm.config import check, defaults, source
 from jaxlm.contract import compose
+from jaxlm.data import tokenizer
 from jaxlm.data.prepare import prepare
+from jaxlm.hf import kept
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.follow import follow
+from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.train import feed, restore_or_start, save
 
 pytestmark = pytest.mark.slow
@@ -29,6 +34,9 @@ def home(tmp_path_factory):
     for name in ("one", "two"):
         rows = [{"prompt": say(3), "chosen": say(3), "rejected": say(2)} for _ in range(30)]
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (home / name).mkdir()
+        for i in range(8):
+            (home / name / f"{i}.txt").write_text(say(60))
     return home
 
 
@@ -37,14 +45,19 @@ def made(home, work, method="dpo", **keys):
     c = defaults()
     c.update(name="columns", workdir=str(work), method=method, steps=4, batch=8)
     for name in ("one", "two"):
-        c.data.mix[name] = source(source=str(home / f"{name}.jsonl"))
+        text = source(source=str(home / name), glob="*.txt")
+        c.data.mix[name] = (
+            text if method == "distill" else source(source=str(home / f"{name}.jsonl"))
+        )
     c.data.update(tokenizer="byte", length=64, held_out=0.3, template="plain")
     c.model.update(width=16, layers=1, heads=2)
     c.optimizer.learning_rate = 1e-2
     c.update_from_flattened_dict(keys)
     run = check(c)
     prepared = prepare(run.data, home / "cache")
-    return build(run, prepared.tokenizer.vocabulary_size), prepared
+    built = build(run, prepared.tokenizer.vocabulary_size)
+    require_same_tokens(built, prepared.tokenizer)
+    return built, prepared
 
 
 class Training:
@@ -104,13 +117,13 @@ def test_the_reference_is_that_of_the_start(home, tmp_path):
     assert again.at == 2
     assert not again.said, "found in the cache"
     record = {"source": np.array([0, 1]), "index": np.array([2, 1])}
-    kept = first.beside(record)["reference"]
+    before = first.beside(record)["reference"]
     for folder in (home / "cache" / "columns").iterdir():
         for file in folder.glob("*.npy"):
             file.unlink()
     made_anew = Training(home, tmp_path / "cut", **keys)
     assert made_anew.said, "was computed"
-    np.testing.assert_array_equal(made_anew.beside(record)["reference"], kept)
+    np.testing.assert_array_equal(made_anew.beside(record)["reference"], before)
     losses += made_anew.run(2)
     np.testing.assert_allclose(losses, whole, atol=1e-6)
 
@@ -147,6 +160,53 @@ def test_too_large_is_told_before(home, tmp_path, monkeypatch):
     monkeypatch.setattr(columns.shutil, "disk_usage", lambda path: free)
     with pytest.raises(ValueError, match=r"takes 4.8e-07 GB .* 1e-07 GB are free"):
         Training(home, tmp_path / "run", **keys)
+
+
+def teacher_in(folder, seed=0, train_tokenizer=False, **options):
+    """A folder as `jaxlm.convert` makes them, of a model wider than the student."""
+    model = DecoderConfig(vocabulary=320, width=24, layers=2, heads=2, **options)
+    params = decoder(model, "cpu").init(jax.random.key(seed))
+    folder.mkdir(exist_ok=True)
+    kept.write(folder, kept.Kept(model, {"max_position_embeddings": 64}, {}))
+    if train_tokenizer:
+        tokenizer.train_bpe(["hello there"] * 9, 300, folder / "tokenizer")
+    else:
+        tokenizer.save_byte(folder / "tokenizer")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    storage.save_in_parts(folder / "checkpoints" / "0", "params", [named(params)], {})
+    return {"method": "distill", "distill.teacher": str(folder)}
+
+
+def test_a_teacher_of_another_shape_live_and_kept(home, tmp_path):
+    keys = teacher_in(tmp_path / "teacher")
+    live = Training(home, tmp_path / "live", **keys)
+    assert not live.said
+    losses = live.run(2)
+    again = Training(home, tmp_path / "live", **keys)
+    assert again.at == 2
+    kept_all = Training(home, tmp_path / "kept", **keys, **{"distill.top_k": 320})
+    assert not kept_all.state.extras
+    np.testing.assert_allclose(kept_all.run(2), losses, rtol=5e-3)  # float16 on disk
+    some = Training(home, tmp_path / "some", **keys, **{"distill.top_k": 8}).run(2)
+    assert all(0 < a < b for a, b in zip(some, losses, strict=True))
+    teacher_in(tmp_path / "teacher", seed=1)
+    with pytest.raises(ValueError, match="is not the model that this run started with"):
+        Training(home, tmp_path / "live", **keys)
+
+
+def test_teachers_that_cannot_be(home, tmp_path):
+    there = tmp_path / "teacher"
+    with pytest.raises(ValueError, match="there is no folder"):
+        made(home, tmp_path / "run", method="distill", **{"distill.teacher": str(there)})
+    keys = teacher_in(there, train_tokenizer=True)
+    with pytest.raises(ValueError, match=r"another tokenizer .* there 266 tokens .* here 258 "):
+        made(home, tmp_path / "run", **keys)
+    keys = teacher_in(there, learned_positions=32)
+    with pytest.raises(ValueError, match=r"a table of 32 positions, .* config.data.length=64"):
+        made(home, tmp_path / "run", **keys)
+    routed = {"distill.expert": str(there), "distill.expert_sources": "onne"}
+    with pytest.raises(ValueError, match="names 'onne', which is no source; did you mean 'one'"):
+        made(home, tmp_path / "run", **keys, **routed)
 
 
 def test_what_is_precomputed_cannot_follow():
