@@ -104,4 +104,4 @@ def _asked() -> tuple[str, Any, Path]:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    process.run(main, "the same command goes on with the arms that are not finished")

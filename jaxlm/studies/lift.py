@@ -442,8 +442,15 @@ def _panels(settings, numbers, rate):
     at = [knobs["rate"] for knobs in rates.values()]
     return [
         Panel("Limits violated", "limits times", "share", by_scale("violations")),
-        Panel("Words by the limit asked for", "limit, words", "words", by_limit),
-        Panel("Words over the limit", "limits times", "share", by_scale("share_of_limit")),
+        Panel("Words by the limit asked for", "limit, words", "words", by_limit, y_range=(0, 28)),
+        Panel(
+            "Words as a share of the limit",
+            "limits times",
+            "share",
+            by_scale("share_of_limit"),
+            levels=[1],
+            y_range=(0, 4),
+        ),
         Panel(
             f"DPO by learning rate ({rate:g} chosen): on topic",
             "learning rate",

@@ -39,7 +39,6 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     log_x: bool = False
     levels: Sequence[float] = ()  # horizontal lines
-    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
 
 
@@ -185,8 +184,6 @@ def _draw(axes, panel: Panel) -> None:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
     if panel.log_x:
         axes.set_xscale("log")
-    if panel.x_range:
-        axes.set_xlim(*panel.x_range)
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     axes.set_title(panel.title, loc="left")
