@@ -84,6 +84,8 @@ class Template:
                 add_generation_prompt=ask,
                 **cast(dict[str, Any], self._names),
             )[0]
+        except ImportError as error:  # of the environment, not of the messages
+            raise ValueError(f"chat templates cannot be rendered here: {error}") from None
         except Exception as error:  # what the template itself raises, above all
             raise Malformed(f"the chat template refuses these messages: {_reason(error)}") from None
         return rendered[0]

@@ -294,3 +294,14 @@ def test_a_model_stops_where_its_template_ends_an_answer(tmp_path):
     (folder / chat.FILE).write_text(CHATML)
     end = chat.Template(CHATML, tokens, folder)._backend.token_to_id("<|im_end|>")
     assert chat.stops(tokens, folder) == {tokens.eos, end}
+
+
+def test_a_missing_library_is_no_fault_of_the_rows(tmp_path, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    def missing(**keys):
+        raise ImportError("needs jinja2")
+
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", missing)
+    with pytest.raises(ValueError, match="cannot be rendered here: needs jinja2"):
+        template_of(tmp_path, CHATML).render(SAID)
