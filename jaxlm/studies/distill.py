@@ -295,7 +295,7 @@ def _panels(numbers):
         lines = []
         for i, name in enumerate(names):
             x, y = stats.mean(numbers[name][what[0]]), stats.mean(numbers[name][what[1]])
-            lines.append(Line(name, [x.mean], [y.mean], [y.low], [y.high], i, style=""))
+            lines.append(Line(name, [x.mean], [y.mean], [y.low], [y.high], i, style="", bars=True))
         x_name, y_name = (f"{w}, bits" + " per character" * ("," not in w) for w in what)
         return Panel(title, x_name, y_name, lines)
 
