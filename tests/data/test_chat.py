@@ -226,6 +226,7 @@ def test_rows_hold_whole_conversations(tmp_path):
     assert rows <= 1.25 * used / 64 + 1
 
 
+@pytest.mark.slow
 def test_a_conversation_learns_the_same_alone_and_packed(tmp_path):
     template = chat.find("chatml", *tokenizer_of(tmp_path))[0]
     make = conversations.Maker("chat", template, 64, "drop", Tally())

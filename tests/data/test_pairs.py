@@ -390,7 +390,7 @@ def test_a_filter_looks_at_what_is_said(tmp_path):
 
 def test_a_text_is_no_table(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(ValueError, match="pairs and feedback, which .* stand in rows"):
+    with pytest.raises(ValueError, match=r"pairs and feedback, which .* stand in rows"):
         list(read(SourceSpec("a", str(tmp_path), format="pairs"), Tally(), 0.0))
     with pytest.raises(ValueError, match="stdlib-code gives text"):
         list(read(SourceSpec("a", "stdlib-code", format="pairs"), Tally(), 0.0))

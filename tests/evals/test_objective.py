@@ -6,6 +6,7 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from toy import toy
 
 from jaxlm.data.batches import Gather
@@ -52,6 +53,7 @@ def figures(source, method, form, batch, **options):
     return judged.figures(PARAMS, OTHER)
 
 
+@pytest.mark.slow
 def test_all_held_out_pairs_are_scored_once(tmp_path):
     source = prepared(tmp_path, "pairs")
     assert source.held_out_rows > 10

@@ -132,6 +132,7 @@ def test_compiling_ahead_runs_nothing_and_leaves_nothing_to_compile(tmp_path):
         compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_shape():
     lm, params = model()
     traced = []

@@ -84,6 +84,7 @@ def test_there_is_nothing_to_learn_from_oneself(divergence):
     assert all(jnp.abs(x).max() < 1e-5 for x in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
 def test_the_student_learns_and_the_teacher_does_not():
     rows = batch(rows=3)
     method, lm = distill(teacher="a run"), STUDENT._replace(others=NAMES, chunk=8)
@@ -93,6 +94,7 @@ def test_the_student_learns_and_the_teacher_does_not():
     assert all(jnp.abs(x).max() == 0 for x in jax.tree.leaves(teacher))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_chunks_change_nothing(divergence):
     rows = batch(rows=3)
@@ -101,6 +103,7 @@ def test_chunks_change_nothing(divergence):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, cut)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_plain_formula():
     rows = batch(rows=3)
     _, _, slope = trained(rows, chunk=6, temperature=2.0)
@@ -146,6 +149,7 @@ def test_the_mask_stands_at_the_targets():
     assert abs(unshifted / shifted - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_each_row_has_its_teacher():
     """Rows of the expert's sources against the expert, the others against the teacher."""
     rows = batch(rows=4)
@@ -163,6 +167,7 @@ def test_each_row_has_its_teacher():
     np.testing.assert_allclose(loss, (apart * weights).sum() / weights.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_rows_of_either_embedding_are_left_out():
     """The teacher's table is longer: what no token of ours has takes no part of its mass."""
     rows, wide = batch(rows=2), toy(D=24, layers=3, V=V + 8)
@@ -192,6 +197,7 @@ def precomputed(rows, chunk=0, **knobs):
     return rows, trained(rows, chunk=chunk, **knobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_all_tokens_kept_are_the_full_divergence(divergence):
     knobs = {"divergence": divergence, "temperature": 1.5, "weight": 0.5}
@@ -203,6 +209,7 @@ def test_all_tokens_kept_are_the_full_divergence(divergence):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.02), slope, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_rest_is_one_bucket(k):
     """Exact for the coarser distributions, which is less than the full divergence."""
@@ -225,6 +232,7 @@ def test_the_rest_is_one_bucket(k):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
 def test_kept_predictions_are_routed_too():
     rows = batch(rows=4) | {"expert": jnp.asarray([1.0, 0.0, 0.0, 1.0])}
     knobs = {"expert": "another run", "expert_sources": "code"}

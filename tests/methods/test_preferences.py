@@ -144,6 +144,7 @@ def test_kto_by_hand(turned):
     np.testing.assert_allclose(aux.metrics["kto/divergence"] / 5, k, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_kto_gives_the_divergence_no_gradient():
     rows = pairs(number=4) | {"desirable": jnp.array([1.0, 0.0, 1.0, 0.0])}
     params, _reference = states()

@@ -54,6 +54,7 @@ def hidden(lm, params, *key):
     return jax.jit(lambda p: lm.hidden(p, two_rows(), *key)[0])(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", ["on", "off"])
 def test_at_the_start_the_model_is_the_base(scan):
     config = dataclasses.replace(CONFIG, scan_layers=scan)
