@@ -87,6 +87,7 @@ def ready(
                     "has changed; put it back, or start again in another --config.workdir"
                 )
             work.run(mine, writes=writers[cluster.process()])
+            cluster.share()  # nobody reads before it is whole
         del mine
         found.append(work.reader())
     if params is not None and method.columns:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import columns
+from jaxlm import columns, together
 from jaxlm.build import build, require_same_tokens
 from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.checkpoint.digest import named
@@ -28,7 +28,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Two sources of pairs, and of pairs taken apart."""
-    home, rng = tmp_path_factory.mktemp("columns"), random.Random(0)
+    home = tmp_path_factory.mktemp("columns")
+    write_pairs(home)
+    return home
+
+
+def write_pairs(home):
+    rng = random.Random(0)
+    home.mkdir(exist_ok=True)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(60)]
     say = lambda n: " ".join(rng.choices(words, k=n))
     for name in ("one", "two"):
@@ -37,7 +44,6 @@ def home(tmp_path_factory):
         (home / name).mkdir()
         for i in range(8):
             (home / name / f"{i}.txt").write_text(say(60))
-    return home
 
 
 def made(home, work, method="dpo", **keys):
@@ -76,7 +82,7 @@ class Training:
                 self.checkpoints,
                 first,
                 cache=home / "cache",
-                writers=[True],
+                writers=together.writers(home / "cache"),
                 say=self.said.append,
                 progress=lambda *a: None,
             )
@@ -93,6 +99,13 @@ class Training:
             save(self.built, self.prepared, self.checkpoints, self.state, {})
             self.checkpoints.wait()
         return losses
+
+
+def of_each_pair(home):
+    """What the column holds of some records, computed now."""
+    run = Training(home, home / "run", **{"dpo.reference": "precomputed"})
+    some = np.repeat([0, 1], 6), np.tile(np.arange(-3, 3), 2)
+    return run.beside(dict(zip(("source", "index"), some, strict=True)))["reference"].tolist()
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
