@@ -2,12 +2,14 @@
 
 A column is computed once, in one pass over the records of every source, and kept in the cache
 folder under a hash of all that it depends on: the params (`fingerprint`), the model's options, the
-records, the knobs, this code. What does not match is never read: it has another name. Each field is
-one .npy file a source, [records, ...], of which a batch reads its rows; held-out records, whose
-index is negative, lie at its end.
+records, the knobs, the code that makes the numbers. What does not match is never read: it has
+another name. Each field is one .npy file a source, [records, ...], of which a batch reads its rows;
+held-out records, whose index is negative, lie at its end.
 """
 
+import functools
 import hashlib
+import inspect
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,12 +109,21 @@ def _key(built, prepared, name, print_):
     options = built.stored[name].options if name in built.stored else built.run.model
     shapes = {k: (v.shape, str(v.dtype)) for k, v in built.column_fields(name).items()}
     attend = built.run.data.attend_across_documents
-    parts = (print_, options, prepared.hash, attend, name, column.about, shapes, _code())
+    parts = (print_, options, prepared.hash, attend, name, column.about, shapes, code(column.fn))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def _code():
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def code(fn: Callable) -> str:
+    """Hash of the files that make a column's numbers: its own, and what all of them go through."""
+    here = Path(__file__).parent
+    names = "columns.py", "data/batches.py", "data/conversations.py", "models/*.py"
+    shared = "methods/likelihood.py", "methods/responses.py"
+    files = {file for name in (*names, *shared) for file in here.glob(name)}
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    files.add(Path(inspect.getfile(inspect.unwrap(fn))))
+    content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(files)]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 class _Pass:
@@ -132,7 +143,10 @@ class _Pass:
         free = shutil.disk_usage(self.folder.parent).free
         text = f"{self.name!r} of every record takes {size / 1e9:.3g} GB in {self.folder.parent}"
         if size > limit * 1e9:
-            raise ValueError(f"{text}, and its limit is {limit:g} GB; raise it, or keep less of it")
+            raise ValueError(
+                f"{text}, and its limit is {limit:g} GB: take fewer or shorter records, or let the "
+                "method keep less of each, allow it more, or read its model live, where it can"
+            )
         if size > 0.95 * free:
             raise ValueError(
                 f"{text}, where {free / 1e9:.3g} GB are free; free some space, set XDG_CACHE_HOME "
@@ -150,7 +164,8 @@ class _Pass:
 
     def _batches(self, params) -> Iterator[tuple[int, np.ndarray, Fields]]:
         """(source, index of records, their fields); held-out records count from the end."""
-        mesh, rows = self.built.mesh, self.built.run.batch
+        mesh, run = self.built.mesh, self.built.run
+        rows = run.batch // run.accumulate  # as many as a step has in memory at one time
         fn, _ = self.built.column(self.name)
         program = jax.jit(fn, out_shardings=sharding.replicated(mesh))
         attend = self.built.run.data.attend_across_documents

@@ -1,8 +1,11 @@
 """What frozen models say of every record, computed once: the same losses, and never another's."""
 
+import functools
+import importlib
 import json
 import random
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from jaxlm.checkpoint.digest import named
 from jaxlm.config import check, defaults, source
 from jaxlm.contract import compose
 from jaxlm.data import tokenizer
+from jaxlm.data.batches import in_order
 from jaxlm.data.prepare import prepare
 from jaxlm.hf import kept
 from jaxlm.methods.dpo import dpo
@@ -152,6 +156,35 @@ def test_what_does_not_match_is_computed_anew(home, tmp_path):
     assert told(3, seed=5, **{"data.template": str(template)}), "another template"
     assert told(4, seed=5, **{"data.length": 60}), "other records"
     assert told(5, seed=5, **{"model.rope_theta": 500.0}), "the same params mean another model"
+
+
+def test_a_column_of_other_code_is_another(tmp_path, monkeypatch):
+    file = tmp_path / "of_my_own.py"
+    file.write_text("def fn(lm, params, batch): return {}")
+    monkeypatch.syspath_prepend(tmp_path)
+    fn = importlib.import_module("of_my_own").fn
+    before = columns.code(functools.partial(fn))
+    assert before == columns.code(fn)
+    file.write_text(file.read_text() + "  # another")
+    after = columns.code(fn)
+    assert after != before
+    read, model = Path.read_bytes, "models/layers.py"
+    other = lambda path: read(path) + b"#" * str(path).endswith(model)
+    monkeypatch.setattr(Path, "read_bytes", other)
+    assert columns.code(fn) != after, "the model's code counts too"
+
+
+def test_a_pass_reads_as_many_rows_as_a_step_does_at_one_time(home, tmp_path, monkeypatch):
+    seen = []
+
+    def spied(prepared, source, rows, *rest):
+        seen.append(rows)
+        return in_order(prepared, source, rows, *rest)
+
+    monkeypatch.setattr(columns, "in_order", spied)
+    keys = {"dpo.reference": "precomputed", "seed": 9, "batch": 16, "accumulate": 2}
+    Training(home, tmp_path / "run", **keys)
+    assert set(seen) == {8}
 
 
 def test_what_cannot_be_made_again_is_told(home, tmp_path):
