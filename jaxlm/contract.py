@@ -138,6 +138,9 @@ class Adapter(NamedTuple):
     takes the params of a whole model too. Of a base of shapes only `init` and `axes` are used."""
     whole: Callable[[LM, Params, Params], Params]
     """(lm, base, params) -> params that `lm` itself takes, for evaluation and generation."""
+    about: Mapping[str, Any] = MappingProxyType({})
+    """What checkpoints keep of it for those who read them without the method, as JSON. Of low-rank
+    factors (`models.lora`) that is "scale"; `convert` reads rank, alpha, dropout and rslora too."""
 
 
 @dataclasses.dataclass(frozen=True)

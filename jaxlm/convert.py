@@ -34,7 +34,7 @@ from typing import Any
 import jax
 
 from jaxlm import params, stored
-from jaxlm.checkpoint import find, storage
+from jaxlm.checkpoint import storage
 from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import export, folder, kept, peft
@@ -86,7 +86,7 @@ def to_hf(
     say: Say = print,
 ) -> None:
     """One of our folders as a Hugging Face folder. Raises `ValueError` for whatever is wrong."""
-    place, _ = find(source, step=step, say=say)
+    place = params.verified(source, step=step, say=say)
     shapes = params.saved_shapes(place)
     model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
@@ -109,11 +109,15 @@ def to_hf(
 
 def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = print) -> None:
     """The adapter of a run with LoRA as a folder of PEFT's. Raises `ValueError` if it has none."""
-    place, _ = find(source, step=step, say=say)
+    place = params.verified(source, step=step, say=say)
     if not (factors := params.adapter_shapes(place)):
         raise ValueError(f"{source} holds no adapter but a whole model: write it with to-hf")
-    config = storage.read(place).about["config"]
-    knobs = {key: config[f"lora.{key}"] for key in ("rank", "alpha", "dropout", "rslora")}
+    knobs = params.adapter_facts(place)
+    if lacking := {"rank", "alpha", "dropout", "rslora"} - knobs.keys():
+        raise ValueError(
+            f"the method that trained {source} does not say its adapter's {sorted(lacking)}, which "
+            "PEFT wants to know; write the merged model with to-hf"
+        )
     model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
 
@@ -122,7 +126,7 @@ def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = prin
         return storage.load(place, wanted, "sizes", part=True)["params"]
 
     with _new_folder(out) as half:
-        shapes, base = params.saved_shapes(place), config["init.hf"]
+        shapes, base = params.saved_shapes(place), storage.read(place).about["config"]["init.hf"]
         peft.write(half, family, model.options, knobs, base, shapes, factors, load)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxlm.models.lora as lora
 from jaxlm.checkpoint import find, storage
-from jaxlm.checkpoint.digest import named, verify
+from jaxlm.checkpoint.digest import Damaged, named, verify
 from jaxlm.contract import BASE
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -42,15 +42,33 @@ def load(
     folder, checked = find(path, step=step, verify=how, say=say)
     wanted, there = named(abstract), saved_shapes(folder)
     same = all(x.dtype == wanted[n].dtype for n, x in there.items() if n in wanted)
-    fits, plain = of_layers(there) == of_layers(wanted), _base(folder) is None
-    if plain and (not fits or (same and there.keys() == wanted.keys())):
-        how = "sizes" if checked else how
-        return storage.load(folder, {"params": abstract}, how)["params"]  # or what differs
-    if not checked:
-        verify(folder, how)
-    if base := _base(folder):
-        verify(base, how)
+    base = _base(folder)
+    if of_layers(there) != of_layers(wanted):
+        at, item = (base, BASE) if base else (folder, "params")
+        return storage.load(at, {item: abstract}, "sizes")[item]  # tells what differs
+    if not base and same and there.keys() == wanted.keys():
+        return storage.load(folder, {"params": abstract}, "sizes" if checked else how)["params"]
+    _verify(folder, checked, how)
     return assembled(abstract, _layers(folder, there, wanted))
+
+
+def verified(
+    path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """The folder of the checkpoint that `load` reads, whose bytes, and its base's, were checked."""
+    folder, checked = find(path, step=step, say=say)
+    _verify(folder, checked, "full")
+    return folder
+
+
+def _verify(folder, checked, how):
+    """A checkpoint, unless it was checked before, and the base of one of adapters."""
+    base = _base(folder)
+    for place in (*(() if checked else (folder,)), *((base,) if base else ())):
+        try:
+            verify(place, how)
+        except Damaged as error:
+            raise Damaged(f"{place} cannot be used: {error}") from None
 
 
 def saved_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -64,8 +82,7 @@ def read(folder: Path, structs: Shapes) -> dict[str, jax.Array]:
     if not (base := _base(folder)):
         return storage.load(folder, {"params": structs}, "sizes", part=True)["params"]
     arrays = storage.load(base, {BASE: structs}, "sizes", part=True)[BASE]
-    config, there = storage.read(folder).about["config"], _shapes(folder, "params")
-    scale = lora.scale(*(config[f"lora.{knob}"] for knob in ("rank", "alpha", "rslora")))
+    scale, there = adapter_facts(folder)["scale"], _shapes(folder, "params")
     for name in arrays:
         beside = [name.removesuffix(lora.KERNEL) + factor for factor in (lora.A, lora.B)]
         if beside[0] not in there:
@@ -81,6 +98,17 @@ def read(folder: Path, structs: Shapes) -> dict[str, jax.Array]:
 def adapter_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """The same of a checkpoint's adapter; {} where it holds a whole model."""
     return _shapes(folder, "params") if _base(folder) else {}
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """What the method said of a checkpoint's adapter (`contract.Adapter.about`)."""
+    about = storage.read(folder).about.get("adapter", {})
+    if "scale" not in about:
+        raise ValueError(
+            f"{folder} does not say by what its adapter's products are multiplied; it was written "
+            "by an earlier version, or by a method whose Adapter.about has no 'scale'"
+        )
+    return about
 
 
 def _shapes(folder, item):
@@ -133,7 +161,9 @@ def assembled(abstract: Any, arrays: Iterable[tuple[str, jax.Array]]) -> Any:
     wanted = named(abstract)
     where = places(wanted)
     done: dict[str, jax.Array] = {}
+    missing = set(where)
     for path, array in arrays:
+        missing.discard(path)
         name, layer = where[path]
         leaf, layout = wanted[name], layout_of(wanted[name])
         if layer is None:
@@ -143,6 +173,8 @@ def assembled(abstract: Any, arrays: Iterable[tuple[str, jax.Array]]) -> Any:
             stack = done.pop(name) if name in done else _zeros(leaf.shape, leaf.dtype, layout)
             done[name] = _filled(layout)(stack, array, layer)
         jax.block_until_ready(done[name])
+    if missing:
+        raise ValueError(f"{len(missing)} arrays of the model are lacking, as {min(missing)}")
     return jax.tree.unflatten(jax.tree.structure(abstract), [done[name] for name in wanted])
 
 

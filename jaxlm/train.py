@@ -259,6 +259,8 @@ def save(built: Built, prepared: Prepared, checkpoints: Checkpoints, state: Trai
         "config": built.run.config,
         "vocabulary": prepared.tokenizer.vocabulary_size,
     }
+    if adapter := built.run.method.adapter:
+        about["adapter"] = dict(adapter.about)
     checkpoints.save(step, _items(built, state), about, figures)
 
 

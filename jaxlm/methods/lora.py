@@ -37,6 +37,7 @@ def lora(
     "attention/query", "mlp/up" or "mlp/experts/up". `dropout`: of what adapters read."""
     _refuse(rank, alpha, targets, dropout)
     scale = adapters.scale(rank, alpha, rslora)
+    about = {"scale": scale, "rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora}
 
     def whole(lm, base, params):
         join = adapters.beside if lm.low_rank else adapters.merged
@@ -71,7 +72,7 @@ def lora(
         )
 
     return Method(
-        adapter=Adapter(bind, whole),
+        adapter=Adapter(bind, whole, about),
         extras={BASE: Extra(lambda params, load: params)},
     )
 

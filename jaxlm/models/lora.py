@@ -64,7 +64,7 @@ def targeted(tree: Any, targets: str, is_leaf=None) -> dict[tuple[str, ...], Any
         names = list(dict.fromkeys(map(named, kernels)))
         near = difflib.get_close_matches(targets, names, 6, 0.0)
         raise ValueError(
-            f"config.lora.targets={targets!r} matches no kernel of the model's blocks; they are "
+            f"an adapter's targets={targets!r} match no kernel of the model's blocks; they are "
             f"called {', '.join(near)}"
         )
     return found
@@ -77,9 +77,9 @@ def new(key: jax.Array, base: Params, targets: str, rank: int) -> Params:
         *batch, inputs, outputs = kernel.shape
         if rank > min(inputs, outputs):
             raise ValueError(
-                f"config.lora.rank={rank} is more than the {min(inputs, outputs)} that a product "
+                f"an adapter's rank={rank} is more than the {min(inputs, outputs)} that a product "
                 f"with {named(path)} [{inputs}, {outputs}] can have; set it lower, or leave that "
-                "kernel out of config.lora.targets"
+                "kernel out of its targets"
             )
         a = _normal(key, path, (*batch, inputs, rank))
         tree_at(tree, path).update({A: a, B: jnp.zeros((*batch, rank, outputs), jnp.float32)})

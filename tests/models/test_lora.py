@@ -237,7 +237,7 @@ def test_knobs_out_of_range_are_refused(knobs, said):
 @pytest.mark.parametrize(
     ("config", "knobs", "said"),
     [
-        (CONFIG, {"targets": "q_proj"}, "matches no kernel of the model's blocks; .* attention/"),
+        (CONFIG, {"targets": "q_proj"}, "match no kernel of the model's blocks; .* attention/"),
         (CONFIG, {"rank": 17}, r"rank=17 is more than the 16 .* attention/key \[32, 16\]"),
         (EXPERTS, {"targets": "experts", "dropout": 0.1}, "not made for the kernels of experts"),
     ],

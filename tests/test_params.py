@@ -1,0 +1,73 @@
+"""Params of checkpoints of adapters: those of the model that was saved, whole, or an error."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import params
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.contract import BASE
+
+
+def model(layers=2, width=4, stacked=False):
+    """Params as a model has them, each number another."""
+    kernel = lambda i: np.float32(i) + np.arange(6.0 * width, dtype=np.float32).reshape(width, 6)
+    part = lambda x: {"up": {"kernel": x}}
+    layer = {str(i): part(kernel(i)) for i in range(layers)}
+    blocks = part(np.stack([kernel(i) for i in range(layers)])) if stacked else layer
+    return {"embed": np.ones((3, width), np.float32), "blocks": blocks}
+
+
+def shapes(*args, **kwargs):
+    return jax.eval_shape(lambda: model(*args, **kwargs))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of a method that is not ours: its config has no knobs of `lora`."""
+    factors = lambda i: {"lora_a": np.full((4, 1), i + 1.0), "lora_b": np.ones((1, 6))}
+    blocks = {str(i): {"up": jax.tree.map(np.float32, factors(i))} for i in range(2)}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save_once(BASE, model())
+        about = {"config": {"method": "my.own:idea"}, "adapter": {"scale": 0.5}}
+        checkpoints.save(3, {"params": {"blocks": blocks}}, about)
+    return tmp_path
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_adapter_says_its_scale(run, stacked):
+    found = params.load(run, shapes(stacked=stacked))
+    expected = model()
+    for i in range(2):
+        expected["blocks"][str(i)]["up"]["kernel"] += 0.5 * (i + 1)
+    kernels = [expected["blocks"][str(i)]["up"]["kernel"] for i in range(2)]
+    up = found["blocks"]["up"] if stacked else found["blocks"]["1"]["up"]
+    np.testing.assert_allclose(up["kernel"], np.stack(kernels) if stacked else kernels[1])
+    np.testing.assert_array_equal(found["embed"], expected["embed"])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("other", [{"layers": 3}, {"layers": 1}, {"width": 8}])
+def test_another_model_is_told(run, other, stacked):
+    with pytest.raises(ValueError, match="was saved from another model"):
+        params.load(run, shapes(**other, stacked=stacked))
+
+
+def test_a_stack_with_a_layer_missing_is_none():
+    found = [("embed", np.ones((3, 4))), ("blocks/0/up/kernel", np.ones((4, 6)))]
+    arrays = ((path, jax.numpy.asarray(x, "float32")) for path, x in found)
+    with pytest.raises(ValueError, match="1 arrays of the model are lacking, as blocks/1/up"):
+        params.assembled(shapes(stacked=True), arrays)
+
+
+@pytest.mark.parametrize("where", ["3", "once/base"])
+def test_what_is_converted_was_verified_with_its_base(run, where):
+    assert params.verified(run).name == "3"
+    folder = run / "checkpoints" / where
+    files = [f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("digest")]
+    file = max(files, key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{where} cannot be used: the bytes of .* have changed"):
+        params.verified(run / "checkpoints" / "3")
