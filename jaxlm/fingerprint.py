@@ -1,5 +1,7 @@
 """A short name of what params hold: the same on any mesh, another as soon as a number differs.
 
+Layers count one by one, stacked or not: which of the two a model has is the platform's choice.
+
 Each device adds up a mix of the bits of every number and its place (the finalizer of MurmurHash3),
 four times with other seeds, modulo 2^32: integers, whose sum no order of adding changes. So nothing
 leaves the devices but four numbers an array. Against accidents, not against an adversary.
@@ -14,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint.digest import layout, named
+from jaxlm.checkpoint.digest import named
+from jaxlm.params import of_layers, places
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15, 0xF39CC060, 0x5CEDC834)
 OF_SIZE = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -23,16 +26,27 @@ OF_SIZE = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def fingerprint(params: Any) -> str:
     """Of names, shapes, dtypes and every bit of a tree of arrays."""
     arrays = {name: jnp.asarray(x) for name, x in named(params).items()}
-    where = {x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)}
-    whole = NamedSharding(where.pop(), PartitionSpec()) if where else None
-    sums = jax.device_get(_program(whole)(arrays))
-    content = {name: [*layout(params)[name], sums[name].tolist()] for name in sorted(arrays)}
+    meshes = {x.sharding.mesh for x in arrays.values() if isinstance(x.sharding, NamedSharding)}
+    whole = NamedSharding(meshes.pop(), PartitionSpec()) if meshes else None
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    where = places(shapes)
+    stacked = frozenset(name for name, layer in where.values() if layer is not None)
+    sums = jax.device_get(_program(whole, stacked)(arrays))
+    content = {}
+    for path, shape in sorted(of_layers(shapes).items()):
+        name, layer = where[path]
+        found = sums[name] if layer is None else sums[name][layer]
+        content[path] = [shape, str(shapes[name].dtype), found.tolist()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @functools.cache
-def _program(whole):
-    return jax.jit(lambda arrays: jax.tree.map(_sums, arrays), out_shardings=whole)
+def _program(whole, stacked):
+    def program(arrays):
+        of = lambda name: jax.vmap(_sums) if name in stacked else _sums
+        return {name: of(name)(x) for name, x in arrays.items()}
+
+    return jax.jit(program, out_shardings=whole)
 
 
 def _sums(x):

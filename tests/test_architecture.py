@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "params": {"checkpoint", "contract", "host", "models.lora"},
     "hf": {"hf", "params", "models", "checkpoint", "contract"},
     "stored": {"config", "data", "hf", "models", "params"},
-    "fingerprint": {"checkpoint"},
+    "fingerprint": {"checkpoint", "params"},
     "metrics": {"contract"},
     "chips": set(),
     "flops": {"contract", "chips"},

@@ -18,6 +18,13 @@ def test_same_numbers_on_another_mesh_are_the_same():
     assert fingerprint(spread) == fingerprint(tree()) == fingerprint(jax.device_get(tree()))
 
 
+def test_stacked_layers_are_the_same_too():
+    layers = [tree(value=float(i)) for i in range(3)]
+    stacked = {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    apart = lambda *order: {"blocks": {str(i): layers[n] for i, n in enumerate(order)}}
+    assert fingerprint(stacked) == fingerprint(apart(0, 1, 2)) != fingerprint(apart(1, 0, 2))
+
+
 def test_whatever_differs_shows():
     kernel = np.arange(24, dtype=np.float32).reshape(4, 6)
     swapped, bit = kernel.copy(), kernel.copy()
