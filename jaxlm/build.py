@@ -96,6 +96,8 @@ class Built(NamedTuple):
         batch |= {name: np.zeros(rows, np.float32) for name in self.run.method.routes}
         for name in self.run.method.columns:
             fields = self.column_fields(name)
+            if clash := sorted(fields.keys() & batch.keys()):
+                raise ValueError(f"the fields {clash} are given by more than one column")
             batch |= {field: np.zeros((rows, *x.shape), x.dtype) for field, x in fields.items()}
         return batch
 
@@ -108,9 +110,16 @@ class Built(NamedTuple):
         return fn, self.abstract_model
 
     def column_fields(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a column's fields, of one record."""
+        """Shapes and dtypes of a column's fields, of one record. Raises `ValueError` for fields
+        that a batch has without it."""
         fn, params = self.column(name)
-        fields = jax.eval_shape(fn, params, self.abstract_batch(beside=False))
+        batch = self.abstract_batch(beside=False)
+        fields = jax.eval_shape(fn, params, batch)
+        if clash := sorted(fields.keys() & (batch.keys() | self.run.method.routes.keys())):
+            raise ValueError(
+                f"the column {name!r} gives {clash}, which the batch has already: it would be "
+                "overwritten; give the column's fields names of their own"
+            )
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         return {field: one(x) for field, x in fields.items()}
 

@@ -27,6 +27,7 @@ import optax
 Params = Any  # plain nested dict of arrays
 Batch = Mapping[str, jax.Array]
 Extras = Mapping[str, Any]  # name -> pytree: reference params, teacher params, masks
+RECORD = {"tokens", "targets", "weights", "segments", "positions", "source", "index", "desirable"}
 BASE = "base"  # the extra that holds the model's own params where an adapter's are trained
 
 
@@ -185,7 +186,9 @@ def compose(*parts: Method) -> Method:
             found |= getattr(part, field)
         return found
 
-    extras, columns = merged("extras"), merged("columns")
+    extras, columns, routes = merged("extras"), merged("columns"), merged("routes")
+    if clash := sorted(RECORD & routes.keys()):
+        raise ValueError(f"the routes {clash} have the names of what records hold already")
     between = tuple(b for part in parts for b in part.between)
     written = {name for b in between for name in b.writes}
     if still := sorted(written & columns.keys()):
@@ -213,7 +216,7 @@ def compose(*parts: Method) -> Method:
         wrap=wrap if wraps else None,
         extras=extras,
         between=between,
-        routes=merged("routes"),
+        routes=routes,
         columns=columns,
         adapter=only("adapter"),
     )

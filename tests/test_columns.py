@@ -1,5 +1,6 @@
 """What frozen models say of every record, computed once: the same losses, and never another's."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -16,7 +17,7 @@ from jaxlm.build import build, require_same_tokens
 from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.checkpoint.digest import named
 from jaxlm.config import check, defaults, source
-from jaxlm.contract import compose
+from jaxlm.contract import Column, compose
 from jaxlm.data import tokenizer
 from jaxlm.data.batches import in_order
 from jaxlm.data.prepare import prepare
@@ -185,6 +186,25 @@ def test_a_pass_reads_as_many_rows_as_a_step_does_at_one_time(home, tmp_path, mo
     keys = {"dpo.reference": "precomputed", "seed": 9, "batch": 16, "accumulate": 2}
     Training(home, tmp_path / "run", **keys)
     assert set(seen) == {8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"one": ["weights"]}, r"'one' gives \['weights'\], which the batch has already"),
+        ({"one": ["kept"], "two": ["kept"]}, r"\['kept'\] are given by more than one column"),
+    ],
+)
+def test_a_column_overwrites_nothing(home, tmp_path, fields, said):
+    built, _ = made(home, tmp_path / "run")
+
+    def column(names):
+        return Column(lambda lm, params, batch: dict.fromkeys(names, batch["weights"]), "")
+
+    columns = {name: column(names) for name, names in fields.items()}
+    method = dataclasses.replace(built.run.method, columns=columns)
+    with pytest.raises(ValueError, match=said):
+        built._replace(run=dataclasses.replace(built.run, method=method)).zeros(8)
 
 
 def test_what_cannot_be_made_again_is_told(home, tmp_path):

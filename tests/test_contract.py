@@ -42,6 +42,11 @@ def test_extras_of_one_name_are_refused():
         compose(part, part)
 
 
+def test_a_route_is_no_field_of_a_record():
+    with pytest.raises(ValueError, match=r"routes \['weights'\] have the names of what records"):
+        compose(Method(routes={"weights": ("code",)}))
+
+
 def test_between_may_only_write_what_exists():
     part = Method(between=(Between(1, ("reference",), lambda p, e: {}),))
     with pytest.raises(ValueError, match="no composed method defines it"):
