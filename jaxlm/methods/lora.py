@@ -12,9 +12,9 @@ product of two averages is not the average of the products: it differs by
 share · (1 - share) · (A - A')·(B - B'), which is small while A stays near its start. A hard
 `follow` (alpha=1) copies both, and is exact.
 
-Differs from the paper in that all kernels of the blocks are adapted, where it took the attention's
-(https://arxiv.org/abs/2305.14314 found that all are needed to reach full fine-tuning), and in A's
-variance, which is PEFT's. `rslora`: https://arxiv.org/abs/2312.03732.
+Differs from the paper in that all kernels of the blocks but a router's are adapted, where it took
+the attention's (https://arxiv.org/abs/2305.14314 found that all are needed to reach full
+fine-tuning), and in A's variance, which is PEFT's. `rslora`: https://arxiv.org/abs/2312.03732.
 """
 
 import re
@@ -29,7 +29,7 @@ def lora(
     *,
     rank: int = 16,
     alpha: float = 32.0,
-    targets: str = "attention/|mlp/(gate|up|down)",
+    targets: str = "attention/|mlp/(experts/)?(gate|up|down)",
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> Method:

@@ -7,6 +7,9 @@ of their columns is set to zero, so that exactly d - t columns of each kernel ar
 Kernels of attention and MLP are masked, each layer by its own ranking, stacked or not. Embeddings,
 norms, biases and head are not, as in the paper (its code also masks the head).
 
+Of adapters (`lora`) B's columns are ranked by what their kernel gives, A's by what A gives, but for
+experts', where that is not told: their A is not masked.
+
 Where the mask stands: on the gradient, before clipping and optimizer, as in the paper and its code.
 So momentum and weight decay still move frozen units. `mask_updates` holds them entirely still.
 

@@ -93,6 +93,20 @@ def test_factors_beside_kernels_are_their_product_added_to_them(config, knobs):
     np.testing.assert_allclose(of_last(merged)["kernel"], kernel + scale * a @ b, atol=1e-5)
 
 
+def test_by_default_every_kernel_but_the_router_is_adapted():
+    lm, key = decoder(EXPERTS, "cpu"), jax.random.key(0)
+    base = jax.eval_shape(lm.init, key)
+    params = jax.eval_shape(bound(lm, lora(rank=3), {BASE: base}).init, key)
+    there = lambda tree, end: {
+        adapters.named(tuple(entry.key for entry in path[1:-1]))
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        if path[0].key == "blocks" and path[-1].key == end
+    }
+    kernels = there(base, "kernel")
+    assert any("experts" in name for name in kernels)
+    assert there(params, "lora_a") == {name for name in kernels if "router" not in name}
+
+
 @pytest.mark.slow
 def test_stacked_layers_start_with_the_same_numbers():
     trees = []
