@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.contract import Extra, Method, copy_of_params
-from jaxlm.methods.responses import frozen, precomputed, responses, summed
+from jaxlm.methods.responses import frozen, reference_of, responses, summed
 
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")
 
@@ -48,8 +48,8 @@ def dpo(
     """`beta`: the pull towards the reference, in 1/nats; large stays near it. `reference`: "live",
     or "precomputed"."""
     _refuse(beta, loss, label_smoothing, length_penalty)
-    kept = precomputed(reference)
-    if kept and initial:
+    start = reference_of(reference)
+    if start.columns and initial:
         raise ValueError(
             "initial is True, and a precomputed reference is the params of the start already: the "
             "same rewards would be logged twice; leave initial out"
@@ -57,9 +57,8 @@ def dpo(
 
     def objective(lm, params, extras, batch, key):
         policy = responses(lm, params, batch, key)
-        live = lambda name: frozen(lm, extras[name], batch).logprob_P2
         reward = lambda logprob_P2: beta * _gap(policy, logprob_P2, loss)
-        reward_P2 = reward(batch["reference"] if kept else live("reference"))
+        reward_P2 = reward(start.logprob_P2(lm, extras, batch))
         margin_P = reward_P2[:, 0] - reward_P2[:, 1]
         longer_P = policy.length_P2[:, 0] - policy.length_P2[:, 1]
         loss_P = preference_loss(margin_P + length_penalty * longer_P, beta, loss, label_smoothing)
@@ -72,15 +71,13 @@ def dpo(
             "log_ratio_chosen": reward_P2[:, 0] / beta,
         }
         if initial:
-            since_P2 = reward(live("initial"))
+            since_P2 = reward(frozen(lm, extras["initial"], batch).logprob_P2)
             metrics["initial_reward_chosen"] = since_P2[:, 0]
             metrics["initial_reward_rejected"] = since_P2[:, 1]
         return summed("dpo", loss_P, policy, metrics)
 
-    extras = {} if kept else {"reference": Extra(copy_of_params)}
-    if initial:
-        extras["initial"] = Extra(copy_of_params)
-    return Method(objective=objective, reads="pairs", extras=extras, columns=kept)
+    extras = start.extras | ({"initial": Extra(copy_of_params)} if initial else {})
+    return Method(objective=objective, reads="pairs", extras=extras, columns=start.columns)
 
 
 def preference_loss(z: jax.Array, beta: float, loss: str, label_smoothing: float = 0.0):

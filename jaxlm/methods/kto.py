@@ -16,8 +16,8 @@ one, with
 import jax
 import jax.numpy as jnp
 
-from jaxlm.contract import Extra, Method, copy_of_params
-from jaxlm.methods.responses import FIELDS, frozen, precomputed, responses, summed
+from jaxlm.contract import Method
+from jaxlm.methods.responses import FIELDS, frozen, reference_of, responses, summed
 
 
 def kto(
@@ -30,7 +30,7 @@ def kto(
     """`beta`: the pull towards the reference, in 1/nats. The paper keeps (number liked ·
     weight_desirable) / (number not liked · weight_undesirable) between 1 and 4/3. `reference`:
     "live", or "precomputed" as in `dpo`."""
-    kept = precomputed(reference)
+    start = reference_of(reference)
     if not beta > 0:
         raise ValueError(f"beta is {beta}, and must be positive")
     if weight_desirable < 0 or weight_undesirable < 0:
@@ -40,8 +40,7 @@ def kto(
         )
 
     def objective(lm, params, extras, batch, key):
-        live = lambda: frozen(lm, extras["reference"], batch).logprob_P2
-        reference_P2 = batch["reference"] if kept else live()
+        reference_P2 = start.logprob_P2(lm, extras, batch)
         # In passes of their own, so that the mismatched ones have no way back.
         policy = responses(lm, params, _member(batch, 0), key)
         mismatched = frozen(lm, params, _member(batch, 1))
@@ -65,8 +64,8 @@ def kto(
         objective=objective,
         separable=False,
         reads="feedback",
-        extras={} if kept else {"reference": Extra(copy_of_params)},
-        columns=kept,
+        extras=start.extras,
+        columns=start.columns,
     )
 
 

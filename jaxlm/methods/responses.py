@@ -6,12 +6,13 @@ A row holds one prompt with one response, not packed documents; both members go 
 rows of one batch. A pair without any weight is padding and counts nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.contract import LM, Aux, Batch, Column, Params
+from jaxlm.contract import LM, Aux, Batch, Column, Extra, Extras, Params, copy_of_params
 from jaxlm.methods.likelihood import token_logprobs
 
 FIELDS = ("tokens", "targets", "weights", "segments", "positions")
@@ -47,18 +48,28 @@ def frozen(lm: LM, params: Params, batch: Batch) -> Responses:
     return responses(lm, jax.lax.stop_gradient(params), batch)
 
 
-def precomputed(reference: str) -> dict[str, Column]:
-    """What the batch gets of a reference of that kind: nothing of a "live" one, of a "precomputed"
-    one its log-probabilities of the responses, [P, 2], as the params of the start gave them."""
-    if reference not in ("live", "precomputed"):
-        raise ValueError(f"reference is {reference!r}, and may be 'live' or 'precomputed'")
-    if reference == "live":
-        return {}
+class Reference(NamedTuple):
+    """A copy of the params of the start, or what they said of each record."""
+
+    extras: dict[str, Extra]
+    columns: dict[str, Column]
+    logprob_P2: Callable[[LM, Extras, Batch], jax.Array]
+    """(lm, extras, batch) -> its log-probabilities of the responses."""
+
+
+def reference_of(kind: str) -> Reference:
+    """A "live" one, or a "precomputed" one. Raises `ValueError` for another kind."""
+    if kind not in ("live", "precomputed"):
+        raise ValueError(f"reference is {kind!r}, and may be 'live' or 'precomputed'")
+    if kind == "live":
+        live = lambda lm, extras, batch: frozen(lm, extras["reference"], batch).logprob_P2
+        return Reference({"reference": Extra(copy_of_params)}, {}, live)
 
     def fn(lm, params, batch):
         return {"reference": frozen(lm, params, batch).logprob_P2}
 
-    return {"reference": Column(fn, "log-probabilities of both responses")}
+    kept = {"reference": Column(fn, "log-probabilities of both responses")}
+    return Reference({}, kept, lambda lm, extras, batch: batch["reference"])
 
 
 def summed(
