@@ -1,5 +1,6 @@
 """Distillation: divergences by brute force, nothing to learn from oneself, the mask's shift."""
 
+import collections
 import functools
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from toy import batch, toy
 
+from jaxlm.data.chat import Encoded
+from jaxlm.data.conversations import Made, to_batch, to_records, whole_rows
 from jaxlm.methods.distill import DIVERGENCES, distill
 
 V = 32
@@ -131,14 +134,12 @@ def test_the_mask_stands_at_the_targets():
     """
     ids = np.array([[5, 9, 2, 7, 11, 3, 8]])
     labels = np.where(np.arange(7) >= 4, ids, -100)
-    length = ids.shape[1] - 1
-    rows = {
-        "tokens": jnp.asarray(ids[:, :-1]),
-        "targets": jnp.asarray(ids[:, 1:]),
-        "weights": jnp.asarray(labels[:, 1:] != -100, jnp.float32),  # as packing makes them
-        "segments": jnp.ones((1, length), jnp.int32),
-        "positions": jnp.arange(length)[None],
-    }
+    length, kind = ids.shape[1] - 1, np.dtype(np.uint16)
+    encoded = Encoded(ids[0].tolist(), (labels[0] != -100).tolist())
+    made = Made(whole_rows([[encoded]], length), [], collections.Counter())
+    records = to_records(made, "chat", kind)
+    rows = jax.tree.map(jnp.asarray, to_batch(records, "chat", length, kind, False))
+    np.testing.assert_array_equal(rows["targets"], ids[:, 1:])
     every = {**rows, "tokens": jnp.asarray(ids), "segments": jnp.ones((1, 7), jnp.int32)}
     t, s = logits(TEACHER, params("teacher"), every), logits(STUDENT, params("student"), every)
     apart = kl(softmax(t), softmax(s))
