@@ -106,8 +106,8 @@ ENTRIES = {
     "dpo + follow, decoder": Entry((dpo, often), toy.pairs, model="decoder"),
     "distill + lora": Entry((taught, small)),
     "dpo + lora + follow": Entry((dpo, small, often), toy.pairs),
-    "next_token + lora + migu, decoder": Entry(
-        (next_token, small, migu), optimizer="muon", model="decoder"
+    "dpo + lora + follow + migu, decoder": Entry(
+        (dpo, small, often, migu), toy.pairs, optimizer="muon", model="decoder"
     ),
 }
 every_entry = pytest.mark.parametrize("name", ENTRIES)
