@@ -1,6 +1,7 @@
 """Whole runs on preferences and conversations, as users start them."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -51,6 +52,20 @@ def test_a_run_on_preferences_goes_on_exactly(home, pairs):
         lines(home, "again", "evals.jsonl")[-1]["loss/likes"]
         == (lines(home, "pairs", "evals.jsonl")[-1]["loss/likes"])
     )
+
+
+def test_adapters_with_a_precomputed_reference(home, pairs):
+    """Training and evaluation both read the column, of the base: who does not move stays at log 2,
+    with each record's own number."""
+    flags = ("--config.method=dpo + lora", "--config.dpo.reference=precomputed")
+    still = ("--config.steps=3", "--config.lora.rank=2", "--config.optimizer.learning_rate=1e-9")
+    quick = ("--config.model.layers=1", "--config.eval.samples=1")
+    out = run(home, "kept", *flags, *still, *quick, recipe=RECIPE)
+    assert "'reference' of every record takes" in out
+    assert losses(home, "kept") == pytest.approx([math.log(2)] * 3, abs=1e-4)
+    last = lines(home, "kept", "evals.jsonl")[-1]
+    assert last["loss/likes"] == pytest.approx(math.log(2), abs=1e-4)
+    assert not (home / "kept" / "checkpoints" / "once" / "reference").exists()
 
 
 def test_what_was_trained_on_conversations_is_asked_with_their_template(home, pairs):
