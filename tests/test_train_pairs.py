@@ -37,7 +37,10 @@ def test_a_run_on_preferences_scores_and_answers(home, pairs):
     assert sample["prompt"].endswith("assistant:\n")
     results = json.loads((home / "pairs" / "results.json").read_text())
     assert results["figures"]["loss/likes"] == last["loss/likes"]
-    assert "Preferences" in (home / "pairs" / "report.html").read_text()
+    page = (home / "pairs" / "report.html").read_text()
+    assert "Preferences" in page
+    assert "nats per pair or response" in page
+    assert "nats per token" not in page
     assert "finished" in run(home, "pairs", recipe=RECIPE)
 
 

@@ -35,7 +35,8 @@ def learning(folder: Folder) -> Html:
     if "loss" in folder.metrics:
         lines.insert(0, Line("training", x, folder.metrics["loss"], "ink", noisy=True))
     note = "Dotted verticals: the run was resumed there." if marks else ""
-    unit = "nats per token; lower is better"
+    of_pairs = preferences.methods(folder.metrics)
+    unit = f"nats per {'pair or response' if of_pairs else 'token'}; lower is better"
     charts = [
         chart("Loss", unit, lines, marks=marks, note=note, wide=True, x_name=name, form="decimals"),
         *(_bits_chart(folder, source) for source in result.sources(folder)),
