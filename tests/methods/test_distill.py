@@ -56,6 +56,7 @@ def trained(rows, others=NAMES, chunk=0, **knobs):
     return float(loss / aux.weight), mean, slope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_each_divergence_by_brute_force(divergence, temperature):

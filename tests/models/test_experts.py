@@ -49,6 +49,7 @@ def test_blocks_cost_little_and_are_not_too_small():
     assert slots < 1.25 * 2**16
 
 
+@pytest.mark.slow
 def test_grouped_products_equal_a_loop_and_so_do_gradients():
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(keys[0], (12, 4)), jax.random.normal(keys[1], (3, 4, 6))
