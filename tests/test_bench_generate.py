@@ -1,5 +1,6 @@
 """The benchmark of generation runs, on a toy shape and without torch."""
 
+import math
 import pathlib
 import subprocess
 import sys
@@ -18,4 +19,6 @@ def test_quick_prints_rates_for_each_batch():
     found = [row for row in rows if row[1] in ("1", "2")]
     assert [row[1] for row in found] == ["1", "2"]
     for row in found:
-        assert all(float(number.replace(",", "")) > 0 for number in row[2:])
+        # Any: what a toy takes is less than the noise, and decoding is told by a difference.
+        assert all(math.isfinite(float(number.replace(",", ""))) for number in row[2:])
+        assert len(row) == 7
