@@ -23,7 +23,7 @@ endif
 
 help:
 	@echo "make quickstart   install; train on built-in text and write a report      5 min on 2 cores"
-	@echo "make test         install with the test tools; the whole suite             15 min"
+	@echo "make test         install with the test tools; the whole suite             15 to 20 min"
 	@echo "make check        format, lint, types, architecture, fast tests            2 to 3 min"
 	@echo "make bench        install torch, trl too; speed of training, preferences,  25 min"
 	@echo "                  data, checkpoints, loading, generation, evaluation"
