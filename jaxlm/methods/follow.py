@@ -6,10 +6,10 @@
 `alpha` 1 is the paper's hard update, below 1 the soft one; the paper leaves open how often the soft
 one runs, so both numbers are free. alpha weighs the policy. Mixed in float32, since in bfloat16
 small differences round away; TRL's callback mixes in the type of the reference. The result is kept
-in that type: in bfloat16 what alpha moves by less than 1/512 of a number is lost at every update, so
-small alphas want model.param_dtype="float32". DPO's loss and rewards restart from log 2 and 0 after
-a hard update. Of LoRA's adapters A and B are mixed each for itself: below alpha 1 their product is
-not the mix of products (`methods.lora` says by how much).
+in that type: in bfloat16 what alpha moves by less than 1/512 of a number is lost at every update,
+so small alphas want model.param_dtype="float32". DPO's loss and rewards restart from log 2 and 0
+after a hard update. Of LoRA's adapters A and B are mixed each for itself: below alpha 1 their
+product is not the mix of products (`methods.lora` says by how much).
 """
 
 import jax
