@@ -14,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import pytest
-import runs
+import whole_runs
 
 # A shell that starts the suite in the background leaves Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,5 +56,5 @@ def own_cache(tmp_path_factory, monkeypatch):
 def home(tmp_path_factory):
     """A folder with two small corpora, in a path with a space, and the cache of these runs."""
     home = tmp_path_factory.mktemp("a user's home")
-    runs.write_corpora(home)
+    whole_runs.write_corpora(home)
     return home

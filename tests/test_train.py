@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import lines, losses, run, start
+from whole_runs import lines, losses, run, start
 
 from jaxlm import goodput
 

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from runs import lines, losses, run
+from whole_runs import lines, losses, run
 
 pytestmark = pytest.mark.slow
 RECIPE = "tests/tiny_pairs.py"

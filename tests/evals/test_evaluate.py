@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, environment, lines, run
+from whole_runs import ROOT, environment, lines, run
 
 pytest.importorskip("lm_eval")
 
