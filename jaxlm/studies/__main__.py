@@ -62,10 +62,14 @@ def main() -> int:
 
 
 def _source(name: str) -> list[str]:
-    """What makes the numbers: the shared code, and of the study all that stands before `tell`."""
+    """What makes the numbers: all that trains and measures, and of the study what stands before
+    `tell`."""
     folder = Path(__file__).parent
     texts = [(folder / f"{file}.py").read_text() for file in ("models", "texts", name)]
-    return [text.partition("\ndef tell(")[0] for text in texts]
+    rooms = "methods", "models", "optim", "generate", "evals", "data"
+    shared = [file for room in rooms for file in sorted((folder.parent / room).rglob("*.py"))]
+    shared += [folder.parent / f"{file}.py" for file in ("contract", "sharding", "step")]
+    return [*(text.partition("\ndef tell(")[0] for text in texts), *map(Path.read_text, shared)]
 
 
 def _asked() -> tuple[str, Any, Path]:

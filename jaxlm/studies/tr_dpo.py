@@ -141,6 +141,11 @@ def name_of(way: str, beta: float) -> str:
 
 def run(settings: Settings, arms, console) -> dict:
     """Trains what is not kept yet; returns the numbers of every arm."""
+    if late := [every for every in settings.every if not 1 <= every < settings.steps]:
+        raise ValueError(
+            f"every={late[0]}: the reference is updated within the run, after at least one step "
+            f"and before the last of steps={settings.steps}"
+        )
     of = arms_of(settings)
     missing = arms.missing(of)
     if missing:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -14,6 +15,19 @@ from jaxlm.studies import tr_dpo
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["studies", *arguments])
     return command.main()
+
+
+def test_kept_arms_depend_on_all_that_makes_their_numbers():
+    made_by = "\n".join(command._source("tr_dpo"))
+    for part in ("follow", "dpo", "make_step", "decoder", "limited", "class Generator", "run"):
+        assert re.search(rf"^(def )?{part}\b", made_by, re.MULTILINE), part
+    assert "\ndef tell(" not in made_by
+
+
+def test_settings_without_an_update_are_refused():
+    settings = dataclasses.replace(tr_dpo.Settings(), every=(16, 512), steps=512)
+    with pytest.raises(ValueError, match="every=512"):
+        tr_dpo.run(settings, None, None)
 
 
 def test_without_a_name_it_lists_what_there_is(monkeypatch, capsys):
