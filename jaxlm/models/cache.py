@@ -6,7 +6,8 @@ key/value head (H = G·R), S = R·L, K head width.
 A cache has M slots, of which the first `used` are taken. The tokens of one call go into the next
 slots, the same in every row. A token of segment 0 takes a slot too, which nobody sees: so rows of
 different lengths lie side by side, padded on either side or in between, and only segments and
-positions say who sees whom, as in packed rows.
+positions say who sees whom, as in packed rows. Keys lie with their slots last: the product of a
+few queries with all keys reads them as they lie, and is 1.5 to 3 times as fast on a CPU so.
 
 Nothing of a cache is to be copied. A block on its own first writes and then reads what it wrote;
 the other way round the compiler would copy all of it. Blocks in a scan over layers only read, for
@@ -26,8 +27,11 @@ from jaxlm.models.masks import MASKED, Places, visible_between
 class Memory(NamedTuple):
     """What one block remembers; of a stack of blocks, with a leading layer axis."""
 
-    key_BGMK: jax.Array
+    key_BGKM: jax.Array
     value_BGMK: jax.Array
+
+
+SLOTS = Memory(-1, -2)  # the axis of each that counts slots
 
 
 class Cache(NamedTuple):
@@ -52,7 +56,9 @@ class Slots(NamedTuple):
 
 def remember(key_BLGK: jax.Array, value_BLGK: jax.Array) -> Memory:
     """The keys and values of new tokens, as they lie in a cache."""
-    return Memory(*(_laid_out(x.swapaxes(1, 2)) for x in (key_BLGK, value_BLGK)))
+    return Memory(
+        _laid_out(key_BLGK.transpose(0, 2, 3, 1)), _laid_out(value_BLGK.transpose(0, 2, 1, 3))
+    )
 
 
 def begin(blocks: Any, places: Places, length: int) -> Cache:
@@ -68,7 +74,7 @@ def lengthened(cache: Cache, length: int) -> Cache:
     def padded(x, axis):
         return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])
 
-    blocks = jax.tree.map(lambda x: padded(x, -2), cache.blocks)
+    blocks = _of_memories(padded, cache.blocks)
     return Cache(blocks, Places(*(padded(x, 1) for x in cache.places)), cache.used)
 
 
@@ -76,7 +82,7 @@ def slots(cache: Cache, new: Places, write: bool) -> Slots:
     """What blocks need to know to read, or to write and read, the cache for new tokens."""
     if not write:
         return Slots(cache.places, None)
-    return Slots(Places(*_put(cache.places, new, cache.used, 1)), cache.used)
+    return Slots(_placed(cache, new), cache.used)
 
 
 def extended(cache: Cache, blocks: Any, new: Places, at: Slots) -> Cache:
@@ -87,13 +93,31 @@ def extended(cache: Cache, blocks: Any, new: Places, at: Slots) -> Cache:
     used = cache.used + new.segments_BL.shape[1]
     if at.at is not None:
         return Cache(blocks, at.places, used)
-    places = Places(*_put(cache.places, new, cache.used, 1))
-    return Cache(_put(cache.blocks, blocks, cache.used, -2), places, used)
+    return Cache(_written(cache.blocks, blocks, cache.used), _placed(cache, new), used)
 
 
-def _put(tree, new, at, axis):
-    put = jax.lax.dynamic_update_slice_in_dim
-    return jax.tree.map(lambda x, new: put(x, new, at, axis % x.ndim), tree, new)
+def _placed(cache, new):
+    return Places(
+        *(_put(x, x_new, cache.used, 1) for x, x_new in zip(cache.places, new, strict=True))
+    )
+
+
+def _written(blocks, new, at):
+    """Memories with those of new tokens from the slot `at` on."""
+    return _of_memories(lambda x, axis, x_new: _put(x, x_new, at, axis), blocks, new)
+
+
+def _of_memories(fn, blocks, *others):
+    """`fn(array, its axis of slots, *the others' arrays)` for each array of some memories."""
+
+    def one(memory, *others):
+        return Memory(*map(fn, memory, SLOTS, *others))
+
+    return jax.tree.map(one, blocks, *others, is_leaf=lambda x: isinstance(x, Memory))
+
+
+def _put(x, new, at, axis):
+    return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis % x.ndim)
 
 
 def attend(
@@ -113,7 +137,7 @@ def attend(
     if slots.at is None:
         parts = [(past, slots.places), (new, places)]
     else:
-        new = Memory(*_put(past, new, slots.at, -2))
+        new = _written(past, new, slots.at)
         parts = [(new, slots.places)]
     return _attend(query_BLHK, parts, places, window, soft_cap), new
 
@@ -121,11 +145,11 @@ def attend(
 def _attend(query_BLHK, parts, places, window, soft_cap):
     """Of queries at `places` to several runs of keys, each with its places, as if to one."""
     B, L, H, K = query_BLHK.shape
-    G = parts[0][0].key_BGMK.shape[1]
+    G = parts[0][0].key_BGKM.shape[1]
     query_BGSK = query_BLHK.reshape(B, L, G, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
 
     def scores(memory, places_of_keys):
-        scores_BGSM = _product("BGSK,BGMK->BGSM", query_BGSK, memory.key_BGMK) * K**-0.5
+        scores_BGSM = _product("BGSK,BGKM->BGSM", query_BGSK, memory.key_BGKM) * K**-0.5
         if soft_cap:
             scores_BGSM = soft_cap * jnp.tanh(scores_BGSM / soft_cap)
         seen_BLM = visible_between(places, places_of_keys, window)
@@ -152,5 +176,5 @@ def _product(equation, x, y):
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _laid_out(x_BGMK):
-    return sharding.constrain(x_BGMK, "batch", "kv_heads", None, None)
+def _laid_out(x):
+    return sharding.constrain(x, "batch", "kv_heads", None, None)
