@@ -42,10 +42,10 @@ class Result(NamedTuple):
     finish: str  # "stop": an end token or a stop string; "length": as many as asked for
 
 
-def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: little padding, and few shapes."""
-    power = max(LEAST, 1 << (size - 1).bit_length())
-    return 3 * power // 4 if 3 * power // 4 >= max(size, LEAST) else power
+def bucket(size: int, least: int = LEAST) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ..., or from `least` on: little padding, few shapes."""
+    power = max(least, 1 << (size - 1).bit_length())
+    return 3 * power // 4 if 3 * power // 4 >= max(size, least) else power
 
 
 class Generator:
@@ -147,7 +147,7 @@ class Generator:
         """The batch on the mesh, filled up with rows that are none."""
         mesh = jax.sharding.get_mesh()
         ways = 1 if mesh.empty else sharding.rows_divide_by(mesh)
-        more = -(-(1 << (len(batch) - 1).bit_length()) // ways) * ways - len(batch)
+        more = -(-bucket(len(batch), least=1) // ways) * ways - len(batch)
         fill = lambda values: np.array([*values, *[0] * more])
         tokens_BL = np.zeros((len(batch) + more, length), np.int32)
         for row_L, ids in zip(tokens_BL, prompts, strict=False):

@@ -161,6 +161,9 @@ def test_buckets_hold_what_they_are_for():
     sizes = sorted({bucket(n) for n in range(1, 5000)})
     assert sizes[:6] == [16, 24, 32, 48, 64, 96]
     assert all(n <= bucket(n) <= max(LEAST, 1.5 * n) for n in range(1, 5000))
+    rows = [bucket(n, least=1) for n in range(1, 33)]
+    assert sorted(set(rows)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert all(n <= padded <= 1.5 * n for n, padded in enumerate(rows, 1))
 
 
 @pytest.mark.slow
