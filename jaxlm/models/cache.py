@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     value_BGMK: jax.Array
 
 
-SLOTS = Memory(-1, -2)  # the axis of each that counts slots
+SLOT_AXES = -1, -2  # of the keys, of the values
 
 
 class Cache(NamedTuple):
@@ -111,7 +111,7 @@ def _of_memories(fn, blocks, *others):
     """`fn(array, its axis of slots, *the others' arrays)` for each array of some memories."""
 
     def one(memory, *others):
-        return Memory(*map(fn, memory, SLOTS, *others))
+        return Memory(*map(fn, memory, SLOT_AXES, *others))
 
     return jax.tree.map(one, blocks, *others, is_leaf=lambda x: isinstance(x, Memory))
 
