@@ -91,7 +91,7 @@ def main() -> int:
         list(answered())
         print(end="\n" if show else "", flush=True)
     else:
-        _write(flags, answered())
+        _write(flags, answered(), apart=len(asked) > 1)
     return 0
 
 
@@ -108,13 +108,13 @@ def heading(number: int, record: dict) -> str:
     return f"── {number} {asked}".rstrip()
 
 
-def _write(flags, parts):
-    """Records as they come: to the terminal, or to a file that has its name once it is whole."""
+def _write(flags, parts, apart):
+    """Records as they come: printed, `apart` under a heading each, or to a file that has its name
+    once it is whole."""
     line = lambda record: json.dumps(record, ensure_ascii=False)
     if not flags.output:
-        apart = sys.stdout.isatty() and not flags.logprobs
         for i, record in enumerate(itertools.chain.from_iterable(parts), 1):
-            if apart:
+            if apart and not flags.logprobs:
                 print(heading(i, record))
             text = record["text"]
             print(line(record) if flags.logprobs else record.get("prompt", "") + text, flush=True)
@@ -153,10 +153,11 @@ def _checked(flags):
         raise ValueError(f"--output={flags.output} is a folder; name a file in it")
     if flags.output and not output.parent.is_dir():
         raise ValueError(f"--output={flags.output}: there is no folder to write it into")
-    if flags.prompts and flags.prompt is not None:
+    if flags.prompts and flags.prompt:
         raise ValueError("--prompt and --prompts are both given; leave one of them out")
-    one = [Prompt(flags.prompt or "")]
-    prompts = read.from_file(Path(flags.prompts)) if flags.prompts else one
+    prompts = [Prompt(text) for text in flags.prompt or [""]]
+    if flags.prompts:
+        prompts = read.from_file(Path(flags.prompts))
     if flags.chat:
         message = lambda text: [{"role": "user", "content": text}]
         prompts = [p if p.messages else Prompt(messages=message(p.text)) for p in prompts]
@@ -182,7 +183,11 @@ def _flags():
         help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
     )
     add("--step", type=int, default=None, help="of the checkpoint; the newest")
-    add("--prompt", help="text to go on from; empty: a new document")
+    add(
+        "--prompt",
+        action="append",
+        help="text to go on from; empty: a new document; may be given again",
+    )
     add("--prompts", default="", help="a file of them: lines, or .jsonl with prompt or messages")
     add(
         "--chat",

@@ -50,13 +50,19 @@ def run(tmp_path, monkeypatch):
 
 def test_an_empty_prompt_has_several_samples(run, capsys):
     run(samples=2)
-    assert capsys.readouterr().out == "!\n!\n"
+    assert capsys.readouterr().out == "── 1\n!\n── 2\n!\n"
 
 
-def test_on_a_terminal_each_answer_says_whose_it_is(run, tmp_path, capsys, monkeypatch):
+def test_prompts_may_be_given_one_by_one(run, tmp_path, monkeypatch, capsys):
+    given = ["generate", f"--checkpoint={tmp_path}", "--prompt=one", "--prompt=two"]
+    monkeypatch.setattr(sys, "argv", given)
+    command.main()
+    assert capsys.readouterr().out == "── 1\none!\n── 2\ntwo!\n"
+
+
+def test_of_several_answers_each_says_whose_it_is(run, tmp_path, capsys):
     asked = tmp_path / "asked.txt"
     asked.write_text("one\ntwo\n")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run(prompts=asked)
     assert capsys.readouterr().out == "── 1\none!\n── 2\ntwo!\n"
     record = {"messages": [{"role": "user", "content": "What is\n3 + 4? " + 50 * "Well? "}]}
