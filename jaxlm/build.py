@@ -331,6 +331,14 @@ def start_of(run: Run) -> Stored | None:
     return found
 
 
+def notes_of_models(built: Built, start: Stored | None) -> list[str]:
+    """What somebody may want to know of the models that a run reads; `start`: of `start_of`."""
+    found = [*built.stored.values(), *([start] if start else [])]
+    if built.run.init.hf and not is_run(built.run.workdir):
+        found.append(look(built.run.init.hf))
+    return [note for one in found for note in one.notes]
+
+
 def require_same_tokens(built: Built, tokenizer: Tokenizer, start: Stored | None = None) -> None:
     """Raises `ValueError` if another model that the run reads means other text by the same ids.
 

@@ -202,8 +202,8 @@ def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
     if began:
         found, kind = dataclasses.asdict(began.options), began.hf.get("model_type")
     else:
-        found, family, _ = hf.options(folder)
-        kind = family.model_type
+        told = hf.options(folder)
+        found, kind = told.options, told.family.model_type
     by_hand = {
         key: value
         for key, value in c.model.items()

@@ -38,7 +38,7 @@ from jaxlm import params, stored
 from jaxlm.checkpoint import storage
 from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.hf import export, folder, kept, peft
+from jaxlm.hf import export, folder, kept, peft, wrapped
 from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.family import whole
 from jaxlm.hf.kept import Kept
@@ -61,8 +61,10 @@ def from_hf(
     """
     found = folder.open_folder(source)
     if adapter:
-        found = found._replace(adapter=peft.read(adapter))
+        found = found._replace(adapter=peft.read(adapter, found.inside))
         peft.require_places(found.adapter, found.tensors)
+        if others := found.adapter.others:
+            say(f"Note: of the adapter are left out the factors for {wrapped.told(others)}.")
     for note in found.notes:
         say(f"Note: {note}.")
     options = found.options
@@ -91,6 +93,11 @@ def to_hf(
     shapes = params.saved_shapes(place)
     model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
+    if model.inside:
+        say(
+            f"Note: of the {model.inside} that {source} came from it has the text model alone, and "
+            f"is written as such, a {family.model_type}."
+        )
 
     load = lambda names: params.read(place, {name: shapes[name] for name in names})
     with _new_folder(out) as half:
@@ -130,7 +137,7 @@ def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = prin
     with _new_folder(out) as half:
         base, sentence = beside_adapter(storage.read(place).about["config"], source)
         shapes = params.saved_shapes(place)
-        peft.write(half, family, model.options, knobs, base, shapes, factors, load)
+        peft.write(half, family, model.options, knobs, base, shapes, factors, load, model.inside)
     return sentence
 
 

@@ -78,7 +78,7 @@ def open_model(
                 f"--step={step}: {found.folder} is a Hugging Face folder, which holds one model "
                 "and no steps"
             )
-        for note in found.source.notes:
+        for note in found.notes:
             say(f"Note: {note}.")
     return _model(found, step, spec, devices, say)
 

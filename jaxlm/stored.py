@@ -30,6 +30,11 @@ class Stored(NamedTuple):
     run: Run | None = None  # that made it
     source: hf.Source | None = None  # of a Hugging Face folder
 
+    @property
+    def notes(self) -> list[str]:
+        """What somebody may want to know of what was not read."""
+        return self.source.notes if self.source else []
+
     def load(
         self,
         abstract: Any,

@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import columns, commandline, folder, report, sharding, stored, summary, tasks, together
-from jaxlm.build import Built, build, require_figure, require_same_tokens, start_of
+from jaxlm.build import (
+    Built,
+    build,
+    notes_of_models,
+    require_figure,
+    require_same_tokens,
+    start_of,
+)
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.contract import BASE, TrainState
 from jaxlm.data.batches import batches
@@ -55,7 +62,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         mesh = sharding.make_mesh(run.mesh)
         run.check_devices(mesh)
         # Tells what is wrong before any data is prepared.
-        require_figure(build(run, run.model.vocabulary or 2))
+        require_figure(built := build(run, run.model.vocabulary or 2))
         start = None if stored.is_run(run.workdir) else start_of(run)
         weights = {source.name: source.weight for source in run.data.sources}
         parse_stages(run.data.stages, weights, run.steps * run.rows)
@@ -65,7 +72,7 @@ def train(run: Run, console: Console, *, command: str = "", dry_run: bool = Fals
         with clock("setup"):
             peak = peak_flops(jax.local_devices()[0], run.model.dtype)
         console.say(f"  {summary.machine(mesh, peak, run.model.dtype)}")
-        for note in run.notes:
+        for note in (*run.notes, *notes_of_models(built, start)):
             console.say(f"  note: {note}")
 
     # ------------------------------------------------ 2 data

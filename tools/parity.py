@@ -28,6 +28,7 @@ from fake import shapes_of
 from reckoning import LIMIT, Ours, apart, fixture, greedy, packed, padded, save_fixture
 
 from jaxlm.convert import from_hf, to_hf
+from jaxlm.hf import folder as hf
 from jaxlm.hf import tensors
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -60,10 +61,7 @@ class Theirs:
         grads = {n: p.grad for n, p in state.items() if getattr(p, "grad", None) is not None}
         with tempfile.TemporaryDirectory() as folder:  # as it stores them, fused or not
             self.model.save_pretrained(folder, state_dict=grads)
-            found = {}
-            for file in pathlib.Path(folder).glob("*.safetensors"):
-                found |= {n: np.array(tensors.view(s)) for n, s in tensors.specs(file).items()}
-        return found
+            return arrays_of(folder)
 
     def greedy(self, text, tokens):
         found = self.model.generate(
@@ -74,7 +72,7 @@ class Theirs:
 
 def compare(config, tokens, write=None):
     """A row of the table: name of a figure -> the figure."""
-    documents, row = texts(config["vocab_size"]), {}
+    documents, row = texts(), {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) / "hf"
         save(folder, config, shapes_of(config))
@@ -95,15 +93,18 @@ def compare(config, tokens, write=None):
     return row
 
 
+def arrays_of(folder):
+    """The tensors of a folder by name, in a larger model those of the language model in it."""
+    found = hf.open_folder(pathlib.Path(folder)).tensors
+    return {name: np.array(tensors.view(spec)) for name, spec in found.items()}
+
+
 def exported(folder, expected, documents):
     """The largest difference of a logit after import and export; inf if a bit has changed."""
     quiet = lambda text: None
     from_hf(folder, folder.parent / "ours", say=quiet)
     to_hf(folder.parent / "ours", folder.parent / "back", say=quiet)
-    one, two = (
-        {n: np.array(tensors.view(s)) for n, s in tensors.specs(path / "model.safetensors").items()}
-        for path in (folder, folder.parent / "back")
-    )
+    one, two = arrays_of(folder), arrays_of(folder.parent / "back")
     same = one.keys() == two.keys() and all(x.tobytes() == two[n].tobytes() for n, x in one.items())
     back = Theirs(folder.parent / "back")
     found = [back.logits(text) for text in documents]

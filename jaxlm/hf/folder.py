@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.hf import tensors
+from jaxlm.hf import tensors, wrapped
 from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.family import Family, Json, unread
 from jaxlm.hf.links import Link
@@ -20,28 +20,46 @@ from jaxlm.hf.tensors import Spec, names_of
 from jaxlm.models.options import DTYPES, DecoderConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+KNOWN = FAMILIES.keys() | wrapped.WRAPPERS.keys()
+
+
+class Told(NamedTuple):
+    """What a config.json says."""
+
+    options: Json  # fields of `DecoderConfig`
+    family: Family
+    config: Json  # config.json as it is, or that of the language model inside (`hf.wrapped`)
+    inside: str  # the `model_type` of the larger model; "" = it stands alone
 
 
 class Source(NamedTuple):
     """A folder whose model we know."""
 
     path: Path
-    config: Json  # config.json, as it is
+    config: Json  # as in `Told`
     family: Family
-    tensors: dict[str, Spec]
-    adapter: Any = None  # what is added to them (`hf.peft.Adapter`)
+    tensors: dict[str, Spec]  # by the names that the family gives them
+    inside: str = ""  # as in `Told`
+    others: Mapping[str, int] = {}  # tensors of the larger model that are not taken, by its parts
+    adapter: Any = None  # what is added to the tensors (`hf.peft.Adapter`)
 
     @property
     def options(self) -> DecoderConfig:
         """The model; dtypes are that of most tensors, float32 where it is none that a model has."""
         kinds = [str(tensors.DTYPES.get(spec.code)) for spec in self.tensors.values()]
         dtype = max(DTYPES, key=kinds.count)
-        return DecoderConfig(**options(self.path)[0], dtype=dtype, param_dtype=dtype)
+        return DecoderConfig(**options(self.path).options, dtype=dtype, param_dtype=dtype)
 
     @property
     def notes(self) -> list[str]:
         """What somebody may want to know of what was not read."""
         found = []
+        if self.inside:
+            left = f"; left out are the tensors of {wrapped.told(self.others)}"
+            found.append(
+                f"of the {self.inside} in {self.path} the text model is taken, a "
+                f"{self.family.model_type}, and exported as such{left if self.others else ''}"
+            )
         if "auto_map" in self.config:
             found.append(
                 "config.json names code of the model's own (auto_map); it is not run, the model "
@@ -57,17 +75,18 @@ def is_one(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def options(path: Path) -> tuple[Json, Family, Json]:
-    """The model's options, its family and its config.json, without a look at the tensors.
+def options(path: Path) -> Told:
+    """The model of a folder, without a look at the tensors.
 
     Raises `ValueError` if it is no such folder, or a model that we cannot be.
     """
     config = _config(path)
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if (kind := config["model_type"]) not in KNOWN:
+        inner = config.get("text_config")
+        around = f" (around a {inner.get('model_type')!r})" if isinstance(inner, dict) else ""
         raise ValueError(
-            f"{path} holds a model of the architecture {kind!r}, which is not known here; known "
-            f"are {', '.join(sorted(FAMILIES))}"
+            f"{path} holds a model of the architecture {kind!r}{around}, which is not known here; "
+            f"known are {', '.join(sorted(KNOWN))}"
         )
     if config.get("quantization_config"):
         how = config["quantization_config"].get("quant_method", "some method")
@@ -75,18 +94,25 @@ def options(path: Path) -> tuple[Json, Family, Json]:
             f"the tensors in {path} are quantized ({how}), which is not supported; take the "
             "model's folder in float32, float16 or bfloat16"
         )
-    family = FAMILIES[kind]
     try:
-        return family.options(config), family, config
+        inside = kind if kind in wrapped.WRAPPERS else ""
+        config = wrapped.config(config) if inside else config
+        family = FAMILIES[config["model_type"]]
+        return Told(family.options(config), family, config, inside)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def open_folder(path: Path) -> Source:
     """Its config and the headers of its files. Raises `ValueError` for whatever is wrong."""
-    _, family, config = options(path)
-    found = _tensors(path)
-    return Source(path, config, family, _with_prefix(found, family))
+    told, found, others = options(path), _tensors(path), {}
+    if told.inside:
+        try:
+            found, others = wrapped.taken_out(found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    found = _with_prefix(found, told.family)
+    return Source(path, told.config, told.family, found, told.inside, others)
 
 
 def require_rows(tokenizer: Any, vocabulary: int, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.checkpoint.digest import write_atomically
+from jaxlm.hf import folder as hf
 from jaxlm.hf.family import Json
 from jaxlm.models.options import DecoderConfig
 
@@ -20,6 +21,7 @@ class Kept(NamedTuple):
     options: DecoderConfig
     hf: Json  # config.json, as it was
     generation: Json  # generation_config.json, as it was; {} if there was none
+    inside: str = ""  # `model_type` of a larger model that this one was taken out of
 
     @property
     def length(self) -> int:
@@ -37,6 +39,7 @@ def write(folder: Path, kept: Kept) -> None:
         "model": dataclasses.asdict(kept.options),
         "hf": kept.hf,
         "generation": kept.generation,
+        "inside": kept.inside,
     }
     write_atomically(folder / "model.json", json.dumps(content, indent=1))
 
@@ -55,14 +58,16 @@ def read(folder: Path) -> Kept | None:
             raise ValueError(
                 f"{path} has options that this jaxlm does not know: {', '.join(sorted(strange))}"
             )
-        return Kept(DecoderConfig(**content["model"]), content["hf"], content["generation"])
+        parts = DecoderConfig(**content["model"]), content["hf"], content["generation"]
+        return Kept(*parts, content.get("inside", ""))
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} is not readable as what jaxlm writes of a model") from None
 
 
 def of_hf(folder: Path, options: DecoderConfig) -> Kept:
     """What there is to remember of a Hugging Face folder."""
-    return Kept(options, json.loads((folder / "config.json").read_text()), generation(folder))
+    told = hf.options(folder)
+    return Kept(options, told.config, generation(folder), told.inside)
 
 
 def ends(generation: Json) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.hf import tensors
+from jaxlm.hf import tensors, wrapped
 from jaxlm.hf.family import Family, Json
 from jaxlm.hf.links import Columns, Link, Same, Transposed
 from jaxlm.hf.tensors import Spec, names_of
@@ -44,10 +44,14 @@ class Adapter(NamedTuple):
 
     scale: float
     factors: dict[str, tuple[Spec, Spec]]  # tensor of the model -> lora_A and lora_B
+    others: Mapping[str, int]  # pairs for the rest of a larger model, by its parts (`hf.wrapped`)
 
 
-def read(path: Path) -> Adapter:
-    """An adapter's folder. Raises `ValueError` for whatever is wrong, or not supported."""
+def read(path: Path, inside: str = "") -> Adapter:
+    """An adapter's folder; `inside`: the larger model around the one it is for, if there is one.
+
+    Raises `ValueError` for whatever is wrong, or not supported.
+    """
     try:
         config = json.loads((path / CONFIG).read_text())
         kind = config["peft_type"]
@@ -78,7 +82,8 @@ def read(path: Path) -> Adapter:
     whole = {n: (a, b) for n, (a, b) in pairs.items() if a and b and a.shape[0] == b.shape[1]}
     if 2 * len(whole) != len(bare):
         raise ValueError(f"{path / WEIGHTS} is not whole: a lora_A lacks a lora_B that fits it")
-    return Adapter(lora.scale(rank, alpha, bool(config.get("use_rslora"))), whole)
+    factors, others = wrapped.taken_out(whole) if inside else (whole, {})
+    return Adapter(lora.scale(rank, alpha, bool(config.get("use_rslora"))), factors, others)
 
 
 def _means_more(key, value):
@@ -116,11 +121,13 @@ def write(
     shapes: Shapes,
     factors: Shapes,
     load: Callable[[list[str]], Mapping[str, jax.Array]],
+    inside: str = "",
 ) -> None:
     """Writes an adapter's folder. Raises `ValueError` for kernels that are no module of theirs.
 
     `knobs`: of `methods.lora`; `base`: name of the model that it belongs to. `shapes`, `factors`:
-    of the arrays of the model and of the adapter; `load` brings the latter into memory.
+    of the arrays of the model and of the adapter; `load` brings the latter into memory. `inside`:
+    the larger model that the base is, if it is one.
     """
     links, _ = family.links(list(of_layers(shapes)), options, ())
     by_path = {path: link for link in links for path in link.ours}
@@ -133,6 +140,10 @@ def write(
             "their adapters are none of PEFT's; write the merged model with to-hf"
         )
     modules = {path: link.theirs[0].removesuffix(".weight") for path, link in found.items()}
+    targets: Any = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in modules.values()})
+    if inside:  # whose other parts may have modules of the same names
+        modules = {path: wrapped.in_memory(name) for path, name in modules.items()}
+        targets = rf".*\blanguage_model\..*\.({'|'.join(map(re.escape, targets))})"
     theirs = {
         f"{PREFIX}{module}.lora_{letter}.weight": f"{path}/{factor}"
         for path, module in modules.items()
@@ -155,7 +166,7 @@ def write(
         "lora_alpha": knobs["alpha"],
         "lora_dropout": knobs["dropout"],
         "use_rslora": knobs["rslora"],
-        "target_modules": sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in modules.values()}),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(link.form, Same) for link in found.values()),
         "inference_mode": True,

@@ -13,6 +13,7 @@ from jaxlm.contract import BASE, bound
 from jaxlm.hf import kept, peft, tensors
 from jaxlm.methods.lora import lora
 
+TOWER = "gemma3, with a tower for images"
 # Case -> modules of theirs behind the number of the layer, with what they take and give.
 ADAPTED = {
     "llama": {
@@ -24,8 +25,14 @@ ADAPTED = {
     },
     "gpt2": {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.c_fc": (32, 128)},
     "gpt_neox": {"attention.query_key_value": (32, 96), "mlp.dense_4h_to_h": (48, 32)},
+    TOWER: {"self_attn.q_proj": (32, 48), "mlp.down_proj": (48, 32)},
 }
-LAYER = {"llama": "model.layers.", "gpt2": "transformer.h.", "gpt_neox": "gpt_neox.layers."}
+LAYER = {
+    "llama": "model.layers.",
+    "gpt2": "transformer.h.",
+    "gpt_neox": "gpt_neox.layers.",
+    TOWER: "model.language_model.layers.",
+}
 KNOBS = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "rslora": True}
 
 

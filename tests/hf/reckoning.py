@@ -28,7 +28,8 @@ class Ours:
     """The model of a Hugging Face folder, in jax, float32."""
 
     def __init__(self, path, mesh=None, adapter=None):
-        source = hf.open_folder(path)._replace(adapter=adapter and peft.read(adapter))
+        source = hf.open_folder(path)
+        source = source._replace(adapter=adapter and peft.read(adapter, source.inside))
         self.options = dataclasses.replace(source.options, dtype="float32", param_dtype="float32")
         self.lm = decoder(self.options, "cpu")
         abstract = jax.eval_shape(self.lm.init, jax.random.key(0))

@@ -20,10 +20,12 @@ def options(hf: Json) -> Json:
         common.refuse(hf, **{key: None})
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     usual = [(i + 1) % every != 0 for i in range(common.number(hf, "num_hidden_layers"))]
+    local = pattern.local(hf, usual)
     return (
         gemma2.shape({key: hf[key] for key in hf if key not in rope.KEYS}, GLOBAL)
-        | pattern.options(hf.get("sliding_window", 4096), pattern.local(hf, usual), always=True)
+        | pattern.options(hf.get("sliding_window", 4096), local, always=True)
         | _turns(hf)
+        | ({"rope_scaling": ""} if all(local) else {})  # which is of the other layers
         | {"qk_norm": True}
     )
 
