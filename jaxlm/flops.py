@@ -56,8 +56,9 @@ def matmul_peak(dtype: str = "float32", device=None) -> float:
 def count_flops(jaxpr, unknown: list[str] | None = None, *, scope: str = "") -> int:
     """FLOPs of matrix products and convolutions in a jaxpr, scan bodies times their length.
 
-    Of a `cond` the dearest branch counts. The trips of a `while_loop` are unknown: its body counts
-    once, and its name is added to `unknown`. In a `shard_map` the body counts once per shard.
+    Of a `cond` the dearest branch counts. The trips of a `while_loop` are unknown, but for one in
+    the scope of `usual_trips`: its body counts once, and its name is added to `unknown`. In a
+    `shard_map` the body counts once per shard.
     With `scope` only what was traced inside `jax.named_scope(scope)` counts.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
@@ -73,8 +74,11 @@ def _of_equation(equation, unknown, scope):
     if name == "cond":
         return max(count_flops(branch, unknown, scope=scope) for branch in params["branches"])
     inside = sum(count_flops(inner, unknown, scope=scope) for inner in _programs(params))
-    if name == "while" and inside and unknown is not None:
-        unknown.append(name)
+    if name == "while":
+        trips = USUAL_TRIPS.search(str(equation.source_info.name_stack))
+        if inside and not trips and unknown is not None:
+            unknown.append(name)
+        return inside * (int(trips.group(1)) if trips else 1)
     if name == "scan":
         return params["length"] * inside
     if name == "shard_map":
@@ -112,6 +116,13 @@ def mean_visible_share(length: int, windows: Iterable[int]) -> float:
     return sum(shares) / len(shares)
 
 
+def usual_trips(count: int) -> str:
+    """The scope for a `while_loop` whose trips depend on the data, and are so many on average: what
+    counts a program reads them there."""
+    return f"trips_{count}"
+
+
+USUAL_TRIPS = re.compile(r"\btrips_(\d+)\)*(?:/while)?$")  # end of the name of a loop
 PRODUCTS = {"dot_general": _of_dot, "conv_general_dilated": _of_convolution}
 
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm import flops
 from jaxlm.flops import count_flops, matmul_peak, peak_flops, visible_share
+from jaxlm.plan import hlo
 
 B, D, F, LAYERS = 8, 16, 32, 5
 PRODUCT = 2 * B * D * F
@@ -88,6 +89,23 @@ def test_while_counts_once_and_says_so():
     assert unknown == ["while"]
     flops_of(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), 0, unknown=unknown)
     assert unknown == ["while"]  # nothing in it that we count
+
+
+def test_a_loop_may_say_how_often_it_usually_runs():
+    def body(_, x):
+        return jnp.tanh(x @ w_DF) @ w_FD
+
+    @jax.jit
+    def some(x, n):
+        with jax.named_scope("mlp"), jax.named_scope(flops.usual_trips(7)):
+            return jax.lax.fori_loop(0, n, body, x)
+
+    unknown = []
+    assert flops_of(some, x_BD, 3, unknown=unknown) == 7 * 2 * PRODUCT
+    assert not unknown
+    program = hlo.parse(some.lower(x_BD, 3).compile().as_text())
+    assert 7.0 in program.runs.values()
+    assert not program.unknown_loops
 
 
 def test_custom_derivatives():

@@ -7,15 +7,18 @@ XLA prints a program as computations of one instruction a line:
       ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %x)
     }
 
-A loop's trips are taken from `known_trip_count` where the compiler wrote it (CPU, GPU), and else
-(TPU) from the constant that its condition compares a counter with and the one that its body adds to
-it; JAX's scans and XLA's own loops count up from 0.
+A loop's trips are taken from its name (`flops.usual_trips`) where they depend on the data, from
+`known_trip_count` where the compiler wrote it (CPU, GPU), and else (TPU) from the constant that its
+condition compares a counter with and the one that its body adds to it; JAX's scans and XLA's own
+loops count up from 0.
 """
 
 import dataclasses
 import math
 import re
 from typing import NamedTuple
+
+from jaxlm.flops import USUAL_TRIPS
 
 DTYPE_BYTES = {"pred": 1, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 CALLS = re.compile(
@@ -146,6 +149,9 @@ def _runs(computations, entry):
 
 def _trips(loop, computations):
     """Trips of a loop, or None."""
+    name = re.search(r'op_name="([^"]*)"', loop.attributes)
+    if usual := name and USUAL_TRIPS.search(name.group(1)):
+        return float(usual.group(1))
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes):
         return float(known.group(1))
     roles = dict(called(loop))
