@@ -131,7 +131,7 @@ class Built(NamedTuple):
         Nothing is counted that is computed twice to save memory, and of attention's products only
         the visible share: what a query may see of its row, taken as one document.
         """
-        return self.needed(*self.plain_flops("none"))
+        return self.needed(*self.plain_flops("none", experts_over=""))
 
     def needed(self, total: int, attention: int) -> int:
         """Of FLOPs with attention's whole square in them, those without what no query may see."""
@@ -139,15 +139,18 @@ class Built(NamedTuple):
         unseen = 1 - flops.mean_visible_share(self.run.data.length, windows)
         return total - round(unseen * attention)
 
-    def plain_flops(self, remat: str) -> tuple[int, int]:
+    def plain_flops(self, remat: str, **options) -> tuple[int, int]:
         """FLOPs of the step with that rematerialisation and whole products, and attention's share.
+
+        `options`: others of the model.
 
         Those of the optimizer (Muon has some) do not count.
 
         Traced with the layers scanned, which is quicker and counts the same, and with attention as
         the plain products that any kernel stands for.
         """
-        model = dataclasses.replace(self.run.model, attention="xla", remat=remat, scan_layers="on")
+        options |= {"attention": "xla", "remat": remat, "scan_layers": "on"}
+        model = dataclasses.replace(self.run.model, **options)
         traced = remade(self, model).trace()
         whole, attention, optimizer = (
             flops.count_flops(traced.jaxpr, scope=scope) for scope in ("", "attend", "optimizer")
@@ -278,7 +281,11 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     for name, model_there in found.items():
         _refuse_unlike(name, model_there, run, vocabulary)
     fit = lambda options: dataclasses.replace(
-        options, attention="auto", scan_layers="auto", loss_chunk=model.loss_chunk
+        options,
+        attention="auto",
+        scan_layers="auto",
+        loss_chunk=model.loss_chunk,
+        experts_over="",
     )
     made = lambda packed: {n: make(fit(f.options), packed=packed) for n, f in found.items()}
     lm = make(model, packed=packed)._replace(others=made(packed))

@@ -70,6 +70,7 @@ TOP = {
 FREE = (
     *("workdir", "profile", "expect.*", "mesh.*", "checkpoint.*", "eval.*", "log.*", "accumulate"),
     *("model.remat", "model.attention", "model.scan_layers", "model.loss_chunk"),
+    "model.experts_over",
 )
 SOURCES = "data.mix.*.source"  # nor the places of its data: a hash tells that it is the same
 

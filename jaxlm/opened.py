@@ -104,7 +104,7 @@ def placed(options: DecoderConfig, devices: list, count: int = 0) -> tuple[list,
 
 def _model(found: Stored, step, spec, devices, say):
     """Of options alone."""
-    model = found.options
+    model = _in_slices(found.options)
     tokenizer = tokenizers.load(found.tokenizer)
     hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
     # Beyond a table of positions there is no row to look up.
@@ -128,6 +128,7 @@ def _run(found: Stored, run: Run, step, spec, devices, say):
     run = dataclasses.replace(
         run, mesh=spec, batch=ways, accumulate=1, method=method, optimizer=OptimizerSpec()
     )
+    run = dataclasses.replace(run, model=_in_slices(run.model))
     with jax.set_mesh(mesh):
         built = build(run, tokenizer.vocabulary_size, devices)
         require_right(built.apart, mesh)
@@ -137,3 +138,9 @@ def _run(found: Stored, run: Run, step, spec, devices, say):
         ends |= chat.stops(tokenizer, found.tokenizer)
     where = found.tokenizer.absolute()
     return Opened(built.scorer, params, tokenizer, built.apart, mesh, found.length, where, ends)
+
+
+def _in_slices(model: DecoderConfig) -> DecoderConfig:
+    """With a slice of every expert on each device, wherever it was trained: for the few tokens that
+    are generated at a time nobody then waits for the device of an expert that all of them chose."""
+    return dataclasses.replace(model, experts_over="")

@@ -34,9 +34,12 @@ LOGICAL = {
     "embed": "fsdp",
     "positions": None,
     "experts": None,  # each device has a slice of all, by "embed" and "ffn"
+    "experts_over_fsdp": "fsdp",  # or whole ones: `config.model.experts_over`
+    "experts_over_tensor": "tensor",
     "layers": None,
     "norm": None,
 }
+EXPERTS = tuple(name for name in LOGICAL if name.startswith("experts"))
 
 
 @dataclasses.dataclass(frozen=True)

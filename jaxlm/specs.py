@@ -13,6 +13,7 @@ from jaxlm.contract import Method
 from jaxlm.data.conversations import MEMBERS
 from jaxlm.data.examples import READ_AS
 from jaxlm.data.prepare import DataSpec
+from jaxlm.models.options import experts_fit
 from jaxlm.models.transformer import DecoderConfig
 from jaxlm.optim.build import OptimizerSpec
 from jaxlm.sharding import MeshSpec, rows_divide_by
@@ -190,6 +191,14 @@ class Run:
             raise ValueError(
                 f"config.data.length={self.data.length} must be a multiple of "
                 f"config.mesh.sequence={mesh.shape['sequence']}"
+            )
+        over = self.model.experts_over
+        if not experts_fit(self.model, mesh.shape):
+            raise ValueError(
+                f"config.model.experts={self.model.experts} must be a multiple of "
+                f"config.mesh.{over}={mesh.shape[over]} where config.model.experts_over={over!r} "
+                "gives each device there whole ones; change the mesh, or leave experts_over empty: "
+                "each device then has a slice of every expert's width"
             )
 
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "goodput": set(),
     "profile": set(),
     "report": {"report", "goodput"},
-    "models": {"models", "contract", "sharding"},
+    "models": {"models", "contract", "sharding", "flops"},
     "optim": {"optim", "contract", "sharding"},
     "data": {"data", "contract", "sharding"},
     "methods": {

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 # Keys of `config.model` that say how a model is run or begun, and not what it is.
 RUNTIME = (
     *("init_scale", "dtype", "param_dtype", "quantize", "scan_layers", "remat", "attention"),
-    "loss_chunk",
+    *("loss_chunk", "experts_over"),
 )
 
 

@@ -12,7 +12,9 @@ the same, but on CPUs jax 0.10 multiplies every token by every expert for it.
 
 On a mesh each device does so for its own tokens, with a slice of the width of every expert (the
 axis "ffn"), so no expert's popularity lets other devices wait; kernels are stored split by "embed"
-too, as dense ones are, and gathered block by block.
+too, as dense ones are, and gathered block by block. Or devices have whole experts, whose kernels
+stay where they are (`config.model.experts_over`): then they wait for the most popular one, and
+`expert_shards` says what is won.
 
 The load-balance loss is that of Switch (2101.03961) as Hugging Face counts it: E · Σ f·p over the
 tokens of all layers together, f the pairs per token and p the mean weight that an expert gets. It
@@ -28,12 +30,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxlm.models import layers, lora, quantized
+from jaxlm.models import expert_shards, layers, lora, quantized
 from jaxlm.models.attention_shards import axes_of
+from jaxlm.models.expert_blocks import block_size, slots
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
 from jaxlm.models.products import needed
-
-FEWEST = 64  # rows of a block, where there are as many: fewer and reading the kernel takes longer
 
 
 class Routed(NamedTuple):
@@ -51,7 +52,7 @@ class Kernel(nnx.Module):
         draw = layers.truncated_normal(config.init_scale**2 * variance, batch_axis=0)
         shape = config.experts, inputs, outputs
         self.kernel = nnx.Param(draw(rngs.params(), shape, config.param_dtype))
-        self.axes = "experts", *layers.KERNEL_AXES[name]
+        self.axes = expert_shards.kernel_axes(name, config.experts_over)
         self.low_rank = None
 
     def __call__(self, dtype):
@@ -103,9 +104,12 @@ class Mixture(nnx.Module):
         weights_BLE = jax.nn.softmax(logits_BLE.astype(jnp.float32), axis=-1)
         weights_BLC, chosen_BLC = jax.lax.top_k(weights_BLE, c.experts_per_token)
         weights_BLC /= jnp.sum(weights_BLC, axis=-1, keepdims=True)
-        of_all = functools.partial(_apply, ACTIVATIONS[c.activation][0])
-        operands = x_BLD, chosen_BLC, weights_BLC, mask_BL
-        y_BLD, taps = _on_each_device(of_all, self.experts(x_BLD.dtype), *operands)
+        operands = self.experts(x_BLD.dtype), x_BLD, chosen_BLC, weights_BLC, mask_BL
+        if c.experts_over:
+            y_BLD, taps = expert_shards.on_each_device(c, *operands)
+        else:
+            of_all = functools.partial(_apply, ACTIVATIONS[c.activation][0])
+            y_BLD, taps = _on_each_device(of_all, *operands)
         chose_BLE = jnp.sum(jax.nn.one_hot(chosen_BLC, c.experts), axis=2)
         routed = Routed(
             jnp.sum(chose_BLE * mask_BL[..., None], axis=(0, 1)),
@@ -177,29 +181,6 @@ def _blocks(x_SI, expert_B):
     return x_SI.reshape(len(expert_B), -1, x_SI.shape[-1])
 
 
-def block_size(pairs: int, experts: int) -> int:
-    """Rows of a block: a quarter of an expert's mean share, so that filling up costs an eighth."""
-    mean = -(-pairs // experts)
-    return max(pairs // (4 * experts), min(FEWEST, mean), 1)
-
-
-def slots(expert_P: jax.Array, experts: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The slot of each pair, and the expert of each block of `size` slots.
-
-    Pairs of an expert keep their order. There are as many blocks as could ever be needed; what is
-    left over at the end goes to the last expert, and is empty.
-    """
-    P = len(expert_P)
-    chose_PE = jax.nn.one_hot(expert_P, experts, dtype=jnp.int32)
-    earlier_P = jnp.sum((jnp.cumsum(chose_PE, axis=0) - chose_PE) * chose_PE, axis=1)
-    blocks_E = -(-jnp.sum(chose_PE, axis=0) // size)
-    end_E = jnp.cumsum(blocks_E)
-    slot_P = jnp.sum((end_E - blocks_E)[None] * chose_PE, axis=1) * size + earlier_P
-    blocks = (P + experts * (size - 1)) // size
-    expert_B = jnp.sum(jnp.arange(blocks)[:, None] >= end_E[None], axis=1)
-    return slot_P, jnp.minimum(expert_B, experts - 1)
-
-
 def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
     """The mixture for the tokens of one device, and taps of all; with a slice of each expert.
 
@@ -209,7 +190,7 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
     x_TD, expert_P = x_BLD.reshape(B * L, -1), chosen_BLC.reshape(-1)
     E = len(jax.tree.leaves(kernels["up"][0])[0])
     size = block_size(len(expert_P), E)
-    slot_P, expert_B = slots(expert_P, E, size)
+    slot_P, expert_B, _ = slots(expert_P, E, size)
     S = len(expert_B) * size
     token_P = jnp.arange(len(expert_P)) // C
     # The slots that nobody takes hold a row of zeros behind the last token.

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -45,10 +45,14 @@ REMAT = {
 }
 
 QUANTIZE = ("off", "int8", "fp8")
+EXPERTS_OVER = ("", "fsdp", "tensor")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # What is read only where another option is on; and of rotary positions.
-IDLE_WITHOUT = {"experts": ("experts_per_token", "router_balance"), "qk_norm": ("qk_norm_over",)}
+IDLE_WITHOUT = {
+    "experts": ("experts_per_token", "router_balance", "experts_over"),
+    "qk_norm": ("qk_norm_over",),
+}
 ROTARY = ("rope_scaling", "rope_theta", "local_rope_theta", "rotary_fraction")
 
 
@@ -67,6 +71,7 @@ class DecoderConfig:
     experts: int = 0  # feed-forwards, of which each token takes a few; 0 = one for all
     experts_per_token: int = 2
     router_balance: float = 0.0  # weight of the loss that evens out experts (Mixtral: 0.02)
+    experts_over: str = ""  # axis of the mesh that splits whole experts; "" = each one's width
     qkv_bias: bool = False  # on query, key and value only (Qwen 2)
     attention_bias: bool = False  # on all four kernels of attention
     mlp_bias: bool = False
@@ -133,6 +138,7 @@ def resolve(
     known("param_dtype", config.param_dtype, DTYPES)
     known("quantize", config.quantize, QUANTIZE)
     known("scan_layers", config.scan_layers, ("auto", "on", "off"))
+    known("experts_over", config.experts_over, EXPERTS_OVER)
     known("norm", config.norm, NORMS)
     known("norm_place", config.norm_place, NORM_PLACES)
     known("qk_norm_over", config.qk_norm_over, ("head", "width"))
@@ -164,6 +170,11 @@ def resolve(
     )
     _refuse_rotary(resolved)
     return resolved
+
+
+def experts_fit(config: DecoderConfig, sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh of these sizes can split the experts as `config.experts_over` says."""
+    return not config.experts_over or config.experts % sizes[config.experts_over] == 0
 
 
 def known(key: str, value: str, names: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ from jaxlm.contract import LM, Params
 from jaxlm.models import (
     attention_ring,
     cache,
+    expert_shards,
     experts,
     layers,
     lookup,
@@ -235,7 +236,7 @@ def decoder(config: DecoderConfig, platform: str, *, packed: bool = True, sequen
         return head(params)(hidden)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, scanned), shapes)
+    axes = jax.tree_util.tree_map_with_path(lambda path, _: _axes(path, config), shapes)
     lm = LM(init, hidden, unembed, axes, config.loss_chunk, head, begin, extend)
     lm = lm._replace(low_rank=True, positions=config.learned_positions)
     # Where devices split the positions of a row, these are in another order.
@@ -350,18 +351,20 @@ def _contexts(config, batch, past=None):
     }
 
 
-def _axes(path, scanned):
+def _axes(path, config):
     """Logical axes of the param at a path."""
     *parents, kind = _names(path)
     if parents[0] == "embed":
         return "vocabulary" if kind == "table" else "positions", "embed"
     if parents[-1].endswith("norm"):
         axes = ("norm",)
+    elif "experts" in parents:
+        axes = expert_shards.kernel_axes(parents[-1], config.experts_over)
     else:
         axes = layers.KERNEL_AXES[parents[-1]]
         axes = axes[1:] if kind == "bias" else axes
-        axes = ("experts", *axes) if "experts" in parents else axes
-    return ("layers", *axes) if scanned and parents[0] == "blocks" else axes
+    stacked = config.scan_layers == "on" and parents[0] == "blocks"
+    return ("layers", *axes) if stacked else axes
 
 
 def _names(path):

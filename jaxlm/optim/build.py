@@ -24,6 +24,7 @@ import optax
 
 from jaxlm.optim import named, rules, schedules
 from jaxlm.optim.muon import scale_by_muon
+from jaxlm.sharding import EXPERTS
 
 MUON_RMS = 0.2  # of an AdamW update, as measured by Moonlight's authors
 OWN = -1.0  # in a field of the spec: what the optimizer takes by itself
@@ -95,7 +96,7 @@ def build(spec: OptimizerSpec, steps: int, axes: Any):
 def is_matrix(names: tuple) -> bool:
     """Whether Muon takes a parameter with these logical axes: a matrix, one a layer if stacked and
     one an expert if there are such, that is neither embedding (of tokens or positions) nor head."""
-    for batch in ("layers", "experts"):
+    for batch in ("layers", *EXPERTS):
         names = names[1:] if names[:1] == (batch,) else names
     return len(names) == 2 and not {"vocabulary", "positions"} & set(names)
 

@@ -75,7 +75,7 @@ def step_flops(built: Built, kernel: bool | None = None) -> tuple[int, float]:
     """
     run = built.run
     seen = mean_visible_share(run.data.length, [kind.window for kind in run.model.kinds])
-    plain, plain_attention = built.plain_flops("none")
+    plain, plain_attention = built.plain_flops("none", experts_over="")
     total, attention = built.plain_flops(run.model.remat)
     model = built.needed(plain, plain_attention)
     if not (memory.flash(built) if kernel is None else kernel):

@@ -9,7 +9,7 @@ import pytest
 from toy_decoder import build, document, loss_of, pack, shaken, toy, two_rows
 
 from jaxlm.flops import count_flops
-from jaxlm.models import experts
+from jaxlm.models import expert_blocks, experts
 from jaxlm.models.transformer import decoder, unstack_layers
 
 MIXTURE = {"experts": 5, "ffn_width": 48, "router_balance": 0.1}
@@ -32,20 +32,23 @@ def choices():
 @pytest.mark.parametrize("size", [1, 4, 7])
 @pytest.mark.parametrize(("expert_P", "count"), list(choices()))
 def test_every_pair_gets_a_slot_in_a_block_of_its_expert(expert_P, count, size):
-    slot_P, expert_B = map(np.asarray, experts.slots(jnp.asarray(expert_P), count, size))
+    found = expert_blocks.slots(jnp.asarray(expert_P), count, size)
+    slot_P, expert_B, used = map(np.asarray, found)
     assert len(set(slot_P)) == len(expert_P)
     assert slot_P.min() >= 0
     np.testing.assert_array_equal(expert_B[slot_P // size], expert_P)
     for expert in set(expert_P):
         assert np.all(np.diff(slot_P[expert_P == expert]) == 1), "they lie together, in order"
+    assert set(slot_P // size) == set(range(used)), "no block before the last one is empty"
+    assert used <= len(expert_B)
 
 
 def test_blocks_cost_little_and_are_not_too_small():
-    assert experts.block_size(2**16, 8) == 2**11
-    assert experts.block_size(64, 8) == 8
-    assert experts.block_size(2, 8) == 1
-    size = experts.block_size(2**16, 8)
-    slots = len(experts.slots(jnp.zeros(2**16, jnp.int32), 8, size)[1]) * size
+    assert expert_blocks.block_size(2**16, 8) == 2**11
+    assert expert_blocks.block_size(64, 8) == 8
+    assert expert_blocks.block_size(2, 8) == 1
+    size = expert_blocks.block_size(2**16, 8)
+    slots = len(expert_blocks.slots(jnp.zeros(2**16, jnp.int32), 8, size)[1]) * size
     assert slots < 1.25 * 2**16
 
 

@@ -33,6 +33,8 @@ REFUSED = [
     ({"norm_eps": float("inf")}, ["config.model.norm_eps is inf"]),
     ({"experts_per_token": 4}, ["config.model.experts_per_token is 4", "config.model.experts:"]),
     ({"router_balance": 0.1}, ["config.model.router_balance is 0.1", "config.model.experts:"]),
+    ({"experts_over": "fsdp"}, ["config.model.experts_over is 'fsdp'", "config.model.experts:"]),
+    ({"experts": 4, "experts_over": "data"}, ["experts_over is 'data'", "'tensor'"]),
     ({"qk_norm_over": "width"}, ["config.model.qk_norm_over", "config.model.qk_norm:"]),
     *(
         ({"learned_positions": 9, key: value}, [f"config.model.{key}", "learned_positions = 9"])

@@ -59,8 +59,12 @@ def test_a_field_that_is_set_reaches_any_optimizer_and_an_open_one_leaves_its_ow
 def test_muon_takes_kernels_of_blocks_only():
     matrices = [("embed", "heads"), ("layers", "ffn", "embed")]
     matrices += [("experts", "embed", "ffn"), ("layers", "experts", "embed", "ffn")]
+    matrices += [
+        ("experts_over_fsdp", None, "ffn"),
+        ("layers", "experts_over_tensor", "embed", None),
+    ]
     others = [("norm",), ("layers", "norm"), ("embed", "vocabulary"), ("positions", "embed")]
-    assert [is_matrix(names) for names in matrices + others] == [True] * 4 + [False] * 4
+    assert [is_matrix(names) for names in matrices + others] == [True] * 6 + [False] * 4
 
 
 def test_adamw_is_optax_adamw_with_its_mask():
