@@ -65,14 +65,14 @@ def reckon(built: Built, kernel: bool | None = None) -> Memory:
         on_one_device(state.extras),
         parameters + (sums if run.accumulate > 1 else 0.0),
         kept,
-        working(model, rows, length, kernel),
+        working(model, rows, length, sizes["fsdp"], kernel),
     )
 
 
 def passes(model: DecoderConfig, rows: int, length: int, fsdp: int, flash: bool) -> float:
     """Bytes that the forward and backward pass hold next to the state and the gradients."""
     kept = stored_with_weights(model, rows, length, fsdp, flash)
-    return kept + working(model, rows, length, flash)
+    return kept + working(model, rows, length, fsdp, flash)
 
 
 def stored_with_weights(model, rows, length, fsdp, flash) -> float:
@@ -81,24 +81,34 @@ def stored_with_weights(model, rows, length, fsdp, flash) -> float:
     return stored(model, rows, length, flash) + whole * model.layers * _gathered(model)
 
 
-def working(model, rows, length, flash) -> float:
+def working(model, rows, length, fsdp, flash) -> float:
     """Bytes of the larger of two: a block's backward pass, and a chunk of the loss."""
-    return max(_block(model, rows, length, flash), _loss(model, rows, length))
+    block = _block(model, rows, length, flash)
+    if model.experts_over:  # gradients of its kernels
+        block += 4 * feed_forward(model)
+    if model.experts_over == "fsdp":  # the tokens of all devices, their cotangent and gradient
+        block += fsdp * rows * length * model.width * (2 * _itemsize(model.dtype) + 4)
+    return max(block, _loss(model, rows, length))
 
 
 def share_of_one(run: Run, sizes: dict[str, int]) -> tuple[DecoderConfig, int, int]:
     """What one device computes of the model, as a model; its rows and positions at a time."""
     model, tensor = resolve(run.model, "cpu"), sizes["tensor"]
     cut = lambda n: n // tensor if n % tensor == 0 else n
+    whole = model.experts_over == "tensor"
     model = dataclasses.replace(
         model,
         heads=cut(model.heads),
         kv_heads=cut(model.kv_heads),
-        ffn_width=cut(model.ffn_width),
+        ffn_width=model.ffn_width if whole else cut(model.ffn_width),
         vocabulary=cut(model.vocabulary),
         attention="xla",
         scan_layers="on",
     )
+    if model.experts_over:
+        here = max(model.experts // sizes[model.experts_over], 1)
+        chosen = min(model.experts_per_token, here)
+        model = dataclasses.replace(model, experts=here, experts_per_token=chosen)
     rows = run.rows * run.members // (sizes["data"] * sizes["fsdp"] * run.accumulate)
     return model, max(rows, 1), run.data.length // sizes["sequence"]
 
@@ -151,9 +161,13 @@ def _gathered(model):
 def block_kernels(model: DecoderConfig) -> int:
     """Numbers in the kernels of one block of a resolved model."""
     inner, keys = model.heads * model.head_width, model.kv_heads * model.head_width
+    return model.width * (2 * inner + 2 * keys + model.experts) + feed_forward(model)
+
+
+def feed_forward(model: DecoderConfig) -> int:
+    """The same of its feed-forward alone, or of all its experts without their router."""
     kernels = 3 if ACTIVATIONS[model.activation][1] else 2
-    each = kernels * max(model.experts, 1) * model.ffn_width + model.experts
-    return model.width * (2 * inner + 2 * keys + each)
+    return kernels * max(model.experts, 1) * model.width * model.ffn_width
 
 
 def _itemsize(dtype):

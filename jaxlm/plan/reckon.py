@@ -9,6 +9,9 @@ of what is all-reduced. With P kernel numbers of s bytes each, per micro-batch:
     sequence  keys and values passed round for both passes, three times in all with their gradients
     data      gradients of a shard all-reduced: P·s / (fsdp · tensor)
 
+With whole experts over fsdp their kernels do not travel; the tokens of all its devices do, five
+times in all: gathered for both passes, outputs scattered, and the same of gradients.
+
 Traffic is counted in passes over a block's activations (`PASSES`, fitted to compiled programs) and
 over the optimizer's state.
 """
@@ -17,7 +20,7 @@ import math
 from typing import NamedTuple
 
 from jaxlm.models.options import resolve
-from jaxlm.plan.memory import block_kernels, share_of_one
+from jaxlm.plan.memory import block_kernels, feed_forward, share_of_one
 from jaxlm.specs import Run
 
 PASSES = 12  # reads and writes of each number of a block's activations, in a step
@@ -44,9 +47,12 @@ def sent(run: Run, sizes: dict[str, int]) -> Sent:
     size = 4 if model.dtype == "float32" else 2
     kernels = sum(parameters(run)) * size
     part = {axis: (n - 1) / n for axis, n in sizes.items()}
-    fsdp = 3 * kernels / sizes["tensor"] * part["fsdp"]
     data = 2 * kernels / (sizes["fsdp"] * sizes["tensor"]) * part["data"]
     activations = rows * length * model.width * size
+    fsdp = 3 * kernels / sizes["tensor"] * part["fsdp"]
+    if model.experts_over == "fsdp":
+        fsdp -= 3 * model.layers * feed_forward(model) * size * (sizes["fsdp"] - 1)
+        fsdp += 5 * model.layers * activations * (sizes["fsdp"] - 1)
     sums = 4 if model.remat == "none" else 5
     tensor = 2 * sums * model.layers * activations * part["tensor"]
     keys = 2 * rows * length * model.kv_heads * model.head_width * size
@@ -59,6 +65,9 @@ def traffic(run: Run, sizes: dict[str, int]) -> float:
     model, rows, length = share_of_one(run, sizes)
     size = 4 if model.dtype == "float32" else 2
     inner = model.ffn_width * (model.experts_per_token if model.experts else 1)
+    if model.experts_over:  # of each token all experts that it chose, wherever they are
+        whole = resolve(run.model, "cpu")
+        inner = whole.ffn_width * whole.experts_per_token / sizes["tensor"]
     wide = 2 * model.width + 2 * model.heads * model.head_width + 2 * inner
     block = rows * length * model.layers * wide * size * PASSES
     state = 28 * sum(parameters(run)) / (sizes["fsdp"] * sizes["tensor"])

@@ -14,6 +14,7 @@ import jax
 
 from jaxlm.build import build
 from jaxlm.chips import Chip
+from jaxlm.models.options import experts_fit
 from jaxlm.plan import make, memory, reckon
 from jaxlm.plan.roofline import REACHED, Times
 from jaxlm.specs import Run
@@ -42,7 +43,11 @@ def weak_scaling(recipe: Run, chip: Chip) -> list[Point]:
 
 def _point(one: Run, chip: Chip, devices: int, needed: float, computed: float) -> Point:
     run = dataclasses.replace(one, batch=one.batch * devices)
-    fitting = [s for s in _meshes(devices, chip) if held(run, s) <= ROOM * chip.memory_bytes]
+    fitting = [
+        sizes
+        for sizes in _meshes(devices, chip)
+        if experts_fit(run.model, sizes) and held(run, sizes) <= ROOM * chip.memory_bytes
+    ]
     meshes = fitting or [_mesh(devices, devices, 1)]
     times = [_times(run, chip, sizes, computed) for sizes in meshes]
     sizes, best = min(zip(meshes, times, strict=True), key=lambda pair: pair[1].step)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm import sharding
 from jaxlm.build import Built
+from jaxlm.models.options import experts_fit
 from jaxlm.plan import make, memory, reckon, roofline, tell
 from jaxlm.plan.collectives import Collective
 from jaxlm.plan.program import plan_run
@@ -112,6 +113,7 @@ def meshes(recipe: Run, topology: Topology) -> list[dict[str, int]]:
         for data in replicas
         for tensor in reckon.factors(math.gcd(heads, devices // data), MOST_TENSOR)
         if data % topology.slices == 0 and recipe.batch % (devices // tensor) == 0
+        if experts_fit(model, {"fsdp": devices // (data * tensor), "tensor": tensor})
     ]
 
 
