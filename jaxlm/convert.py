@@ -7,10 +7,10 @@
 from-hf reads a folder with config.json, safetensors and a tokenizer. OUT then serves as
 --checkpoint of jaxlm.generate and jaxlm.evaluate and as --config.init.checkpoint; training can
 start from the Hugging Face folder itself too, with --config.init.hf=HF_FOLDER. --adapter merges a
-LoRA adapter that PEFT has written.
+LoRA adapter that PEFT has written; a tokenizer or chat template beside it goes before the model's.
 to-hf takes such a folder or the work folder of a run, and writes what
 AutoModelForCausalLM.from_pretrained(OUT) reads; a run with LoRA is written merged. to-peft writes
-its adapter alone, for PeftModel.from_pretrained(model, OUT).
+its adapter alone, for PeftModel.from_pretrained(model, OUT), with the tokenizer that it belongs to.
 
 Either way only some tensors are in memory at one time, and OUT appears when it is whole.
 """
@@ -36,7 +36,7 @@ import jax
 
 from jaxlm import params, stored
 from jaxlm.checkpoint import storage
-from jaxlm.data import chat
+from jaxlm.data import chat, handed_on
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import export, folder, kept, peft, wrapped
 from jaxlm.hf.families import FAMILIES
@@ -73,7 +73,7 @@ def from_hf(
     abstract = _shapes(options)
     with _new_folder(out) as half:
         kept.write(half, kept.of_hf(source, options))
-        _take_tokenizer(source, half / "tokenizer", options, say)
+        _take_tokenizer(source, half / "tokenizer", options, say, adapter)
         about = {"from": str(source.absolute()), "config": dataclasses.asdict(options)}
         parts = _parts(stream(found, abstract, options))
         storage.save_in_parts(half / "checkpoints" / "0", "params", parts, about)
@@ -104,10 +104,10 @@ def to_hf(
         export.write(
             half, family, model.options, shapes, load, dtype=dtype, shard_bytes=shard_bytes
         )
-        if (source / "tokenizer").is_dir():
+        if stored.is_run(source):
+            handed_on.of_run(source, half)
+        elif (source / "tokenizer").is_dir():
             tokenizers.copy(source / "tokenizer", half)
-            if stored.is_run(source) and (half / "tokenizer.json").is_file():
-                tokenizers.begin_with_bos(half)
         config = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "auto_map")}
         config["dtype"] = dtype or str(next(iter(shapes.values())).dtype)
         _write_json(half / "config.json", config)
@@ -117,7 +117,10 @@ def to_hf(
 
 def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = print) -> str:
     """The adapter of a run with LoRA as a folder of PEFT's; returns what belongs beside it, in a
-    sentence. Raises `ValueError` if it has none."""
+    sentence. The tokenizer and its chat template lie in that folder too.
+
+    Raises `ValueError` if the run has no adapter.
+    """
     place = params.verified(source, step=step, say=say)
     if not (factors := params.adapter_shapes(place)):
         raise ValueError(f"{source} holds no adapter but a whole model: write it with to-hf")
@@ -138,6 +141,8 @@ def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = prin
         base, sentence = beside_adapter(storage.read(place).about["config"], source)
         shapes = params.saved_shapes(place)
         peft.write(half, family, model.options, knobs, base, shapes, factors, load, model.inside)
+        if stored.is_run(source):
+            handed_on.of_run(source, half)
     return sentence
 
 
@@ -190,8 +195,14 @@ def _parts(arrays: Iterator[tuple[str, jax.Array]]) -> Iterator[dict[str, jax.Ar
         yield part
 
 
-def _take_tokenizer(source: Path, target: Path, options: DecoderConfig, say: Say) -> None:
-    tokenizers.copy(source, target)
+def _take_tokenizer(
+    source: Path, target: Path, options: DecoderConfig, say: Say, adapter: Path | None
+) -> None:
+    if adapter:
+        for note in handed_on.with_adapter(source, adapter, target):
+            say(f"Note: {note}")
+    else:
+        tokenizers.copy(source, target)
     if not any(target.iterdir()):
         target.rmdir()
         say("Note: the folder has no tokenizer; text cannot be written or scored without one.")

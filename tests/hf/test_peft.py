@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxlm import params
 from jaxlm.convert import from_hf, to_hf, to_peft
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import peft
 
 pytestmark = pytest.mark.slow
@@ -49,8 +50,12 @@ def test_an_adapter_merged_says_what_peft_says(name, tmp_path):
 
 def test_a_run_is_written_as_an_adapter_and_merged_and_both_say_what_it_says(hf_folder, tmp_path):
     logits, batch = a_run(tmp_path / "run", hf_folder), packed(texts())
-    expected = list(split(batch, logits(batch)))
-    to_peft(tmp_path / "run", tmp_path / "adapter", **quiet)
+    expected, said = list(split(batch, logits(batch))), []
+    tokenizers.save_byte(tmp_path / "run" / "tokenizer")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    to_peft(tmp_path / "run", tmp_path / "adapter", say=said.append)
+    assert said == []
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
     to_hf(tmp_path / "run", tmp_path / "merged", **quiet)
     for ours in (
         Ours(hf_folder, adapter=tmp_path / "adapter"),
