@@ -137,6 +137,12 @@ def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = prin
         wanted = {"params": {name: factors[name] for name in names}}
         return storage.load(place, wanted, "sizes", part=True)["params"]
 
+    if params.is_rounded(place):
+        say(
+            "Note: this adapter was trained on a base rounded to few bits, and PEFT adds it to the "
+            "base as it was, so that its answers differ somewhat from the run's; to-hf writes the "
+            "rounded base with the adapter merged, which answers as the run does."
+        )
     with _new_folder(out) as half:
         base, sentence = beside_adapter(storage.read(place).about["config"], source)
         shapes = params.saved_shapes(place)

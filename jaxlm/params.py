@@ -142,6 +142,12 @@ def adapter_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     return _shapes(folder, "params") if _base(folder) else {}
 
 
+def is_rounded(folder: Path) -> bool:
+    """Whether a checkpoint is of adapters on a base that is held in few bits."""
+    base = _base(folder)
+    return base is not None and bool(_in_parts(base))
+
+
 def adapter_facts(folder: Path) -> dict[str, Any]:
     """What the method said of a checkpoint's adapter (`contract.Adapter.about`)."""
     about = storage.read(folder).about.get("adapter", {})

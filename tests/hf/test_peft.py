@@ -76,6 +76,9 @@ def test_a_run_is_written_as_an_adapter_and_merged_and_both_say_what_it_says(hf_
 def test_a_run_on_a_base_in_few_bits_is_written_merged(hf_folder, tmp_path):
     logits, batch = a_run(tmp_path / "run", hf_folder, base="nf4"), packed(texts())
     to_hf(tmp_path / "run", tmp_path / "merged", **quiet)
+    said = []
+    to_peft(tmp_path / "run", tmp_path / "adapter", say=said.append)
+    assert "trained on a base rounded to few bits" in said[0]
     expected = list(split(batch, logits(batch)))
     # Added to kernels, the loud factors are rounded otherwise than beside them.
     assert Ours(tmp_path / "merged").difference(texts(), expected, packed) < 3 * LIMIT
