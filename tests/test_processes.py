@@ -16,6 +16,7 @@ import pytest
 import test_columns
 import whole_runs
 
+from jaxlm.generate import __main__ as generate
 from jaxlm.host.fellows import LOST
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,12 +129,16 @@ def test_two_processes_killed_stopped_and_continued_by_four_are_one(home, one):
     assert (home / "many" / "report.html").stat().st_size > 10_000
 
 
-def test_two_processes_write_the_text_of_one(home, one):
-    words = [sys.executable, "-m", "jaxlm.generate", f"--workdir={home / 'one'}", "--tokens=8"]
-    outs = [end(command(home, *words, launcher=by), 0) for by in ((), local(2, 1))]
-    texts = [[line for line in out.splitlines() if "loading JAX" not in line] for out in outs]
-    assert texts[0]
-    assert texts[0] == texts[1]
+def test_four_processes_write_the_text_of_one(home, one, monkeypatch, capsys):
+    (home / "asked.txt").write_text("the\nof it\n")
+    flags = [f"--workdir={home / 'one'}", "--tokens=8", f"--prompts={home / 'asked.txt'}"]
+    words = [sys.executable, "-m", "jaxlm.generate", *flags]
+    four = end(command(home, *words, launcher=local(4, 1)), 0)
+    monkeypatch.setattr(sys, "argv", ["jaxlm.generate", *flags])
+    generate.main()
+    text = capsys.readouterr().out
+    assert text.startswith("the")
+    assert [line for line in four.splitlines() if "loading JAX" not in line] == text.splitlines()
 
 
 _BATTERY = """

@@ -1,4 +1,4 @@
-"""Evaluation as users start it: inside training, and afterwards with two processes."""
+"""Evaluation as users start it: inside training, and afterwards with four processes."""
 
 import json
 import os
@@ -51,28 +51,25 @@ def test_a_run_is_refused_for_its_tasks_before_its_data_is_prepared(home):
     assert not (home / "refused" / "checkpoints").exists()
 
 
-def test_two_processes_evaluate_together(home, trained):
-    command = [sys.executable, "launch/local/run.py", "--processes=2", "--devices=2"]
-    command += [
-        sys.executable,
-        "-m",
-        "jaxlm.evaluate",
-        f"--checkpoint={trained}",
-        "--tasks=local_last_word,local_text",
-    ]
-    command += [f"--include_path={home / 'tasks'}", "--log_samples"]
+def test_four_processes_find_what_one_did(home, trained):
+    command = [sys.executable, "launch/local/run.py", "--processes=4", "--devices=1"]
+    command += [sys.executable, "-m", "jaxlm.evaluate", f"--checkpoint={trained}", "--limit=4"]
+    command += ["--tasks=local_last_word,local_text", "--log_samples"]
+    command += [f"--include_path={home / 'tasks'}"]
     command += [f"--compression={home / 'text' / 'prose'}", "--window=64", "--stride=16"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(home), text=True, capture_output=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "bits/char" in done.stdout
+    assert done.stdout.count("bits/char") == 1, "process 0 alone says it"
     folder = trained / "evaluations"
     (results,) = (json.loads(p.read_text()) for p in folder.glob("results_*.json"))
     whole = {"results", "configs", "versions", "n-shot", "n-samples", "config", "git_hash", "date"}
     whole |= {"group_subtasks", "higher_is_better", "model_name", "task_hashes", "lm_eval_version"}
     assert whole <= results.keys(), "what lm-eval itself would have written"
-    assert results["results"]["local_text"]["bits_per_byte,none"] > 0
+    one = json.loads((trained / "results.json").read_text())["tasks"]["results"]["local_text"]
+    for figure in ("bits_per_byte,none", "word_perplexity,none"):
+        assert results["results"]["local_text"][figure] == pytest.approx(one[figure], rel=1e-5)
     (samples,) = folder.glob("samples_local_last_word_*.jsonl")
     first = json.loads(samples.read_text().splitlines()[0])
     assert first["arguments"]["gen_args_0"]["arg_1"] == first["target"]
