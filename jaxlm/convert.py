@@ -1,7 +1,7 @@
 """Hugging Face models to and from folders of jaxlm, on this machine: nothing is downloaded.
 
     python -m jaxlm.convert from-hf HF_FOLDER OUT [--dtype=float32] [--adapter=PEFT_FOLDER]
-    python -m jaxlm.convert to-hf FOLDER OUT [--dtype=bfloat16] [--step=N] [--shard_gb=5]
+    python -m jaxlm.convert to-hf FOLDER OUT [--dtype=bfloat16] [--step=N] [--params=ema]
     python -m jaxlm.convert to-peft FOLDER OUT [--step=N]
 
 from-hf reads a folder with config.json, safetensors and a tokenizer. OUT then serves as
@@ -86,11 +86,15 @@ def to_hf(
     dtype: str = "",
     step: int | None = None,
     shard_bytes: int = 5 * 10**9,
+    which: str = "",
     say: Say = print,
 ) -> None:
-    """One of our folders as a Hugging Face folder. Raises `ValueError` for whatever is wrong."""
-    place = params.verified(source, step=step, say=say)
-    shapes = params.saved_shapes(place)
+    """One of our folders as a Hugging Face folder; `which`: see `params.held`.
+
+    Raises `ValueError` for whatever is wrong.
+    """
+    place = params.verified(source, step=step, say=say, which=which)
+    shapes = params.saved_shapes(place, which)
     model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
     if model.inside:
@@ -99,7 +103,7 @@ def to_hf(
             f"is written as such, a {family.model_type}."
         )
 
-    load = lambda names: params.read(place, {name: shapes[name] for name in names})
+    load = lambda names: params.read(place, {name: shapes[name] for name in names}, which)
     with _new_folder(out) as half:
         export.write(
             half, family, model.options, shapes, load, dtype=dtype, shard_bytes=shard_bytes
@@ -267,7 +271,15 @@ def main() -> int:
         if not flags.shard_gb > 0:
             raise ValueError(f"--shard_gb={flags.shard_gb} must be greater than 0")
         size = round(flags.shard_gb * 10**9)
-        to_hf(source, out, dtype=flags.dtype, step=flags.step, shard_bytes=size, say=say)
+        to_hf(
+            source,
+            out,
+            dtype=flags.dtype,
+            step=flags.step,
+            shard_bytes=size,
+            which=flags.params,
+            say=say,
+        )
         print(f"{out} is written, for AutoModelForCausalLM.from_pretrained({str(out)!r}).")
     return 0
 
@@ -308,6 +320,9 @@ def _flags():
             one.add_argument("--step", type=int, help="of the checkpoint; the newest")
         if way == "to-hf":
             one.add_argument("--shard_gb", type=float, default=5.0, help="a file holds, at most")
+            one.add_argument(
+                "--params", default="", help="an extra in their place: ema; the params"
+            )
     return parser
 
 

@@ -55,14 +55,15 @@ def open_model(
     step: int | None = None,
     mesh: MeshSpec | None = None,
     devices: list | int = 0,
+    which: str = "",
     say: Callable[[str], None] = print,
 ) -> Opened:
     """The model of a folder, its params laid out on `devices`.
 
     `step`: of the checkpoint; None = the newest good one. `devices`: which, or how many of this
     machine; 0 = as few as the model fits into, and where several processes run together, all.
-    `say` is called with a sentence about each checkpoint that is skipped. Raises `ValueError` for
-    people.
+    `which`: an extra of a run in the place of its params, such as their average "ema". `say` is
+    called with a sentence about each checkpoint that is skipped. Raises `ValueError` for people.
     """
     spec, found = mesh or MeshSpec(), stored.look(path)
     if isinstance(devices, int) and cluster.several():
@@ -71,7 +72,12 @@ def open_model(
         devices, layout = placed(found.options, jax.devices(), devices)
         spec = mesh or layout
     if found.run:
-        return _run(found, found.run, step, spec, devices, say)
+        return _run(found, found.run, step, spec, devices, say, which)
+    if which:
+        raise ValueError(
+            f"--params={which}: {found.folder} holds one model and nothing beside it; averages and "
+            "references lie in the work folders of runs"
+        )
     if found.source:
         if step is not None:
             raise ValueError(
@@ -118,7 +124,7 @@ def _model(found: Stored, step, spec, devices, say):
     return Opened(lm, params, tokenizer, model, mesh, length, where, ends)
 
 
-def _run(found: Stored, run: Run, step, spec, devices, say):
+def _run(found: Stored, run: Run, step, spec, devices, say, which):
     """Of the work folder of a run."""
     tokenizer = tokenizers.load(found.tokenizer)
     ways = sharding.rows_divide_by(mesh := sharding.make_mesh(spec, devices))
@@ -132,7 +138,7 @@ def _run(found: Stored, run: Run, step, spec, devices, say):
     with jax.set_mesh(mesh):
         built = build(run, tokenizer.vocabulary_size, devices)
         require_right(built.apart, mesh)
-        params = found.load(built.abstract_model, step=step, say=say)
+        params = found.load(built.abstract_model, step=step, say=say, which=which)
     ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
     if run.data.structured:  # the template's, which ended each answer in training
         ends |= chat.stops(tokenizer, found.tokenizer)

@@ -5,6 +5,9 @@ layer's array, stacked or not, is written "blocks/<layer>/...".
 
 Where a checkpoint holds adapters (`models.lora`) its model is the base that the run saved once,
 made whole if it is held in few bits (`models.quantized`), with their products added.
+
+Instead of the params a run has trained, an extra of the same form may be read (`which`): their
+average, or the reference that they began as.
 """
 
 import functools
@@ -35,6 +38,23 @@ class Kept(NamedTuple):
     abstract: Any
 
 
+class Held(NamedTuple):
+    """Where a checkpoint holds a tree of params."""
+
+    place: Path
+    item: str
+    prefix: str  # of its names there
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        there = _shapes(self.place, self.item).items()
+        return {n.removeprefix(self.prefix): x for n, x in there if n.startswith(self.prefix)}
+
+    def read(self, structs: Shapes) -> dict[str, jax.Array]:
+        wanted = {self.prefix + name: x for name, x in structs.items()}
+        arrays = storage.load(self.place, {self.item: wanted}, "sizes", part=True)[self.item]
+        return {name: arrays[self.prefix + name] for name in structs}
+
+
 AT_ONCE = 2**29  # bytes read from a checkpoint at one time, where its form is another
 
 
@@ -46,66 +66,91 @@ def load(
     how: str = "full",
     say: Callable[[str], None] = print,
     kept: Kept | None = None,
+    which: str = "",
 ) -> Any:
     """The params of a work folder, a model folder or a checkpoint, in the form of `abstract`, or as
     they are `kept`.
 
-    `how` a checkpoint is verified: see `checkpoint`. Raises `ValueError` if there is none, or it
-    is of another model.
+    `how` a checkpoint is verified: see `checkpoint`; `which`: see `held`. Raises `ValueError` if
+    there is none, or it is of another model.
     """
     folder, checked = find(path, step=step, verify=how, say=say)
-    wanted, there = named(abstract), saved_shapes(folder)
+    wanted, there = named(abstract), saved_shapes(folder, which)
     same = all(x.dtype == wanted[n].dtype for n, x in there.items() if n in wanted)
     base = _base(folder)
     if of_layers(there) != of_layers(wanted):
         at, item = (base, BASE) if base else (folder, "params")
         return storage.load(at, {item: abstract}, "sizes")[item]  # tells what differs
-    if not kept and not base and same and there.keys() == wanted.keys():
+    if not (kept or base or which) and same and there.keys() == wanted.keys():
         return storage.load(folder, {"params": abstract}, "sizes" if checked else how)["params"]
-    _verify(folder, checked, how)
-    return assembled(abstract, _layers(folder, there, wanted), kept)
+    _verify(folder, checked, how, which)
+    return assembled(abstract, _layers(folder, there, wanted, which), kept)
 
 
 def verified(
-    path: str | Path, *, step: int | None = None, say: Callable[[str], None] = print
+    path: str | Path,
+    *,
+    step: int | None = None,
+    say: Callable[[str], None] = print,
+    which: str = "",
 ) -> Path:
     """The folder of the checkpoint that `load` reads, whose bytes, and its base's, were checked."""
     folder, checked = find(path, step=step, say=say)
-    _verify(folder, checked, "full")
+    _verify(folder, checked, "full", which)
     return folder
 
 
-def _verify(folder, checked, how):
-    """A checkpoint, unless it was checked before, and the base of one of adapters."""
-    base = _base(folder)
-    for place in (*(() if checked else (folder,)), *((base,) if base else ())):
+def held(folder: Path, which: str = "") -> Held:
+    """Where a checkpoint holds its params, or an extra of that name and of their form.
+
+    Raises `ValueError` that names those there are.
+    """
+    if not which:
+        return Held(folder, "params", "")
+    names = _shapes(folder, "params").keys()
+    extras = {name.partition("/")[0] for name in _shapes(folder, "extras")}
+    found = {name: Held(folder, "extras", f"{name}/") for name in sorted(extras)}
+    for place in sorted((folder.parent / "once").glob("*/")):
+        found[place.name] = Held(place, place.name, "")
+    found = {name: one for name, one in found.items() if one.shapes().keys() == names}
+    if which not in found:
+        there = f"there are {', '.join(found)}" if found else "there are none"
+        raise ValueError(f"--params={which}: {folder} has no such params beside its own; {there}")
+    return found[which]
+
+
+def _verify(folder, checked, how, which):
+    """A checkpoint, unless it was checked before, the base of one of adapters, and an extra."""
+    base, place = _base(folder), held(folder, which).place
+    others = {*((base,) if base else ()), *((place,) if place != folder else ())}
+    for place in (*(() if checked else (folder,)), *others):
         try:
             verify(place, how)
         except Damaged as error:
             raise Damaged(f"{place} cannot be used: {error}") from None
 
 
-def saved_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def saved_shapes(folder: Path, which: str = "") -> dict[str, jax.ShapeDtypeStruct]:
     """Name of each array of a checkpoint's model -> its shape and dtype."""
     if not (base := _base(folder)):
-        return _shapes(folder, "params")
+        return held(folder, which).shapes()
     there, parts = _shapes(base, BASE), _in_parts(base)
     kernels = {name: jax.eval_shape(quantized.as_it_came, of) for name, of in parts.items()}
     return {n: x for n, x in there.items() if n.rpartition("/")[0] not in parts} | kernels
 
 
-def read(folder: Path, structs: Shapes) -> dict[str, jax.Array]:
+def read(folder: Path, structs: Shapes, which: str = "") -> dict[str, jax.Array]:
     """Some arrays of a checkpoint's model by name, laid out as `structs` say; verified before."""
+    tree = held(folder, which)
     if not (base := _base(folder)):
-        return storage.load(folder, {"params": structs}, "sizes", part=True)["params"]
+        return tree.read(structs)
     arrays = _read_base(base, structs)
-    scale, there = adapter_facts(folder)["scale"], _shapes(folder, "params")
+    scale, there = adapter_facts(folder)["scale"], tree.shapes()
     for name in arrays:
         beside = [name.removesuffix(lora.KERNEL) + factor for factor in (lora.A, lora.B)]
         if beside[0] not in there:
             continue
-        wanted = {"params": {factor: there[factor] for factor in beside}}
-        factors = storage.load(folder, wanted, "sizes", part=True)["params"]
+        factors = tree.read({factor: there[factor] for factor in beside})
         layout = arrays[name].sharding
         parts = jax.device_put([factors[factor] for factor in beside], _everywhere(layout))
         arrays[name] = _added(layout)(arrays[name], *parts, scale)
@@ -247,7 +292,7 @@ def layout_of(leaf: jax.ShapeDtypeStruct, ndim: int = -1) -> jax.sharding.Shardi
     return NamedSharding(layout.mesh, PartitionSpec(*spec))
 
 
-def _layers(folder: Path, there: Shapes, wanted: Shapes):
+def _layers(folder: Path, there: Shapes, wanted: Shapes, which: str):
     """Yields (path, array of one layer), some arrays read at a time."""
     held, needed = places(there), places(wanted)
     for names in _batches(there, held, needed):
@@ -257,7 +302,7 @@ def _layers(folder: Path, there: Shapes, wanted: Shapes):
             saved, leaf = there[held[path][0]], wanted[needed[path][0]]
             layout = layout_of(leaf, saved.ndim)
             structs[held[path][0]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=layout)
-        arrays = read(folder, structs)
+        arrays = read(folder, structs, which)
         for path in paths:
             name, layer = held[path]
             yield path, arrays[name] if layer is None else arrays[name][layer]

@@ -42,11 +42,13 @@ class Stored(NamedTuple):
         step: int | None = None,
         how: str = "full",
         say: Callable[[str], None] = print,
+        which: str = "",
     ) -> Any:
-        """The params as a tree like `abstract`: its shapes, dtypes and shardings."""
+        """The params as a tree like `abstract`: its shapes, dtypes and shardings; `which`: an extra
+        of that name in their place (`params.held`)."""
         if self.source:
             return load_hf(self.source, abstract, self.options)
-        return load_params(self.folder, abstract, step=step, how=how, say=say)
+        return load_params(self.folder, abstract, step=step, how=how, say=say, which=which)
 
 
 def is_run(folder: str | Path) -> bool:

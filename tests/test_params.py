@@ -88,3 +88,64 @@ def test_what_is_converted_was_verified_with_its_base(run, where):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{where} cannot be used: the bytes of .* have changed"):
         params.verified(run / "checkpoints" / "3")
+
+
+def doubled(tree):
+    return jax.tree.map(lambda x: np.float32(2) * x, tree)
+
+
+@pytest.fixture
+def run_with_extras(tmp_path):
+    """A run with an average of its params, a reference that stays, and what is neither."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save_once("reference", doubled(doubled(model())))
+        half = jax.tree.map(lambda x: x.astype("float16"), model())
+        extras = {"ema": doubled(model()), "ema_steps": np.zeros((), np.int32)}
+        checkpoints.save(3, {"params": half, "extras": extras}, {})
+    return tmp_path
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("which", "times"), [("", 1), ("ema", 2), ("reference", 4)])
+def test_an_extra_of_the_form_of_the_params_is_read_in_their_place(
+    run_with_extras, which, times, stacked
+):
+    found = params.load(run_with_extras, shapes(stacked=stacked), which=which)
+    expected = jax.tree.map(lambda x: times * x, model(stacked=stacked))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    place = params.verified(run_with_extras, which=which)
+    some = {"embed": params.saved_shapes(place, which)["embed"]}
+    np.testing.assert_array_equal(params.read(place, some, which)["embed"], expected["embed"])
+
+
+@pytest.mark.parametrize("name", ["ema_steps", "average"])
+def test_an_extra_that_is_no_such_params_is_refused_with_those_there_are(run_with_extras, name):
+    with pytest.raises(ValueError, match=f"--params={name}: .*; there are ema, reference$"):
+        params.load(run_with_extras, shapes(), which=name)
+
+
+def test_a_run_without_extras_says_so(run):
+    with pytest.raises(ValueError, match="no such params beside its own; there are none"):
+        params.load(run, shapes(), which=BASE)
+
+
+def test_the_average_of_adapters_is_added_to_their_base(tmp_path):
+    factors = {"lora_a": np.ones((4, 1), np.float32), "lora_b": np.ones((1, 6), np.float32)}
+    own = {"blocks": {str(i): {"up": factors} for i in range(2)}}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save_once(BASE, model())
+        items = {"params": own, "extras": {"ema": doubled(own)}}
+        checkpoints.save(3, items, {"config": {}, "adapter": {"scale": 0.5}})
+    found = params.load(tmp_path, shapes(), which="ema")
+    expected = model()["blocks"]["1"]["up"]["kernel"] + 0.5 * 4
+    np.testing.assert_allclose(found["blocks"]["1"]["up"]["kernel"], expected)
+
+
+def test_a_damaged_reference_is_noticed(run_with_extras):
+    where = run_with_extras / "checkpoints" / "once" / "reference"
+    files = [f for f in where.rglob("*") if f.is_file() and not f.name.startswith("digest")]
+    file = max(files, key=lambda f: f.stat().st_size)
+    file.write_bytes(b"\0" + file.read_bytes()[1:])
+    params.load(run_with_extras, shapes(), which="ema")
+    with pytest.raises(ValueError, match="reference cannot be used"):
+        params.load(run_with_extras, shapes(), which="reference")

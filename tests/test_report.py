@@ -11,7 +11,7 @@ import pytest
 from report_folder import SOURCES, make
 
 from jaxlm import report
-from jaxlm.report import axes, chart, cost, markup, read, series
+from jaxlm.report import axes, chart, cost, markup, read, series, tasks
 
 VOID = {"meta", "link", "br", "hr", "col"}
 FILES = read.FILES
@@ -381,3 +381,15 @@ def test_one_evaluation_is_a_dot_though_its_line_is_dashed():
     one, two = (chart.Line("held-out", np.arange(n), np.ones(n), "s0", "6 4") for n in (1, 2))
     assert 'class="dots s0"' in chart.chart("Accuracy", "share", [one])
     assert 'class="dots s0"' not in chart.chart("Accuracy", "share", [two])
+
+
+def test_an_evaluation_of_averaged_params_says_so(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    for name, more in (("a", {}), ("b", {"params": "ema"})):
+        found = {"compression": {"notes": {"bits_per_character": 1.0}}} | more
+        (tmp_path / "evaluations" / f"compression_{name}.json").write_text(json.dumps(found))
+    words = Page(str(tasks.finished(read.load(tmp_path)))).words
+    assert [word for word in words if word.startswith("compression_")] == [
+        "compression_b, of ema",
+        "compression_a",
+    ]

@@ -65,7 +65,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
         names = tasks.parse(flags.tasks)
         loaded = tasks.load(names, include=flags.include_path, download=flags.download)
     model, _ = _opened(flags, console)
-    about = {"checkpoint": flags.checkpoint, "model_num_parameters": _parameters(model.params)}
+    about = _of(flags) | {"model_num_parameters": _parameters(model.params)}
     about |= {"model_dtype": str(jax.tree.leaves(model.params)[0].dtype)}
     lm = model.for_lm_eval(about)
     if flags.chat and not getattr(lm.tokenizer, "chat_template", None):
@@ -85,7 +85,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
             lm,
             loaded,
             writer=cluster.process() == 0,
-            model_args={"pretrained": flags.checkpoint},
+            model_args={"pretrained": flags.checkpoint} | _extra(flags),
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
             use_cache=cache,
@@ -103,7 +103,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     head, rows = tasks.table(results)
     console.table(rows, head)
     tracker.general_config_tracker.log_end_time()
-    told = dataclasses.asdict(tracker.general_config_tracker)
+    told = dataclasses.asdict(tracker.general_config_tracker) | _extra(flags)
     _keep(
         flags,
         console,
@@ -142,7 +142,7 @@ def run_compression(flags, console: Console) -> dict[str, dict]:
         ["source", "documents", "characters", "tokens", "bits/char"]
         + ([f"min-{flags.min_k:g}% mean", "lowest"] if flags.min_k else []),
     )
-    about = {"checkpoint": flags.checkpoint, "protocol": "arXiv 2404.09937, the tail scored"}
+    about = _of(flags) | {"protocol": "arXiv 2404.09937, the tail scored"}
     kept = rows if flags.log_samples else {}
     _keep(flags, console, lambda folder: write.corpora(folder, figures, kept, about))
     return figures
@@ -185,7 +185,7 @@ def run_lengths(flags, console: Console) -> list[dict]:
             f"up to {cut:.0%} of the answers were cut off at --max_tokens={flags.max_tokens}, and "
             "may keep their limit for that alone"
         )
-    about = {"checkpoint": flags.checkpoint, "file": flags.lengths, "judge": flags.judge}
+    about = _of(flags) | {"file": flags.lengths, "judge": flags.judge}
     about |= {"chat": flags.chat, "max_tokens": flags.max_tokens}
     kept = rows if flags.log_samples else []
     _keep(flags, console, lambda folder: write.lengths(folder, found, kept, about))
@@ -201,7 +201,11 @@ def _turns(system: str, text: str) -> list[dict[str, str]]:
 def _opened(flags, console) -> tuple[Model, Opened]:
     with console.phase(2, 3, "model", f"opening {flags.checkpoint}"):
         opened = open_model(
-            flags.checkpoint, step=flags.step, devices=jax.devices(), say=console.warn
+            flags.checkpoint,
+            step=flags.step,
+            devices=jax.devices(),
+            which=flags.params,
+            say=console.warn,
         )
         # Training puts a bos before each document, whatever the tokenizer does by itself.
         bos = {"on": True, "off": False}.get(flags.bos, True if is_run(flags.checkpoint) else None)
@@ -233,6 +237,15 @@ def _keep(flags, console, put):
         console.say("  --output=FOLDER keeps the results")
 
 
+def _of(flags) -> dict[str, str]:
+    """What was evaluated, for the files of results."""
+    return {"checkpoint": flags.checkpoint} | _extra(flags)
+
+
+def _extra(flags) -> dict[str, str]:
+    return {"params": flags.params} if flags.params else {}
+
+
 def _parameters(params):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -251,6 +264,7 @@ def _flags():
         help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
     )
     add("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add("--params", default="", help="an extra of a run in their place, such as ema; the params")
     add("--batch_tokens", type=int, default=0, help="of a batch on one device; 0: some that fit")
     add(
         "--bos",

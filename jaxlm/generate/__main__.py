@@ -53,7 +53,9 @@ def main() -> int:
         cluster.join(where, facts, lambda text: None)
     here = cluster.process() == 0
     say = lambda text: print(text, file=sys.stderr) if here else None
-    opened = open_model(flags.checkpoint, step=flags.step, devices=flags.devices, say=say)
+    opened = open_model(
+        flags.checkpoint, step=flags.step, devices=flags.devices, which=flags.params, say=say
+    )
     tokenizer = opened.tokenizer
     own = is_run(flags.checkpoint)
     ids = read.encoded(prompts, tokenizer, opened.folder, behind_bos=own)
@@ -183,6 +185,7 @@ def _flags():
         help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
     )
     add("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add("--params", default="", help="an extra of a run in their place, such as ema; the params")
     add(
         "--prompt",
         action="append",

@@ -28,7 +28,9 @@ def curves(folder: Folder) -> Html:
 def finished(folder: Folder) -> Html:
     """Tables: the tasks at the end of the run, and whatever was evaluated since."""
     parts = [_tasks("At the end of the run", mapping(folder.results.get("tasks")))]
-    for name, found in folder.evaluations.items():
+    for file, found in folder.evaluations.items():
+        of = found.get("params")  # an extra of the run, such as an average of its params
+        name = f"{file}, of {of}" if of else file
         parts.append(_tasks(name, found))
         parts.append(_corpora(name, mapping(found.get("compression"))))
         parts.append(_lengths(name, found))

@@ -68,6 +68,21 @@ def params_of(path, scan="off"):
     return params.load(path, jax.eval_shape(decoder(model, "cpu").init, jax.random.key(0)))
 
 
+def test_an_average_of_the_params_is_written_in_their_place(ours, tmp_path):
+    plain = params_of(ours)
+    average = jax.tree.map(lambda x: 2 * x, plain)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"params": plain, "extras": {"ema": average}}, {})
+    kept.write(tmp_path, kept.read(ours))
+    to_hf(tmp_path, tmp_path / "hf", which="ema", **quiet)
+    name = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(files(tmp_path / "hf")[name], 2 * draw(name, (48, 32)))
+    with pytest.raises(ValueError, match="there are ema"):
+        to_hf(tmp_path, tmp_path / "no", which="eam", **quiet)
+    with pytest.raises(ValueError, match=r"--params=ema: .* holds one model and nothing beside it"):
+        open_model(ours, which="ema", **quiet)
+
+
 def test_kernels_lie_as_the_model_has_them(ours):
     found = params_of(ours)
     name = "model.layers.1.mlp.up_proj.weight"
