@@ -384,6 +384,7 @@ def test_one_evaluation_is_a_dot_though_its_line_is_dashed():
 
 
 def test_an_evaluation_of_averaged_params_says_so(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "evaluations").mkdir()
     for name, more in (("a", {}), ("b", {"params": "ema"})):
         found = {"compression": {"notes": {"bits_per_character": 1.0}}} | more
