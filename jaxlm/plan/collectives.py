@@ -11,7 +11,8 @@ which is what rings and trees that are not wasteful come to. Devices are numbere
 them, so a group's members tell along which axes of the mesh it runs.
 
 XLA names groups in four ways: written out {{0,1},{2,3}}, as an iota [2,2]<=[4] (perhaps
-transposed), by the axes of a mesh of its own mesh['a'=2,'b'=2] {'a'}, or, of a permute, as pairs.
+transposed), by the axes of a mesh of its own mesh['a'=2,'b'=2] {'a'} (perhaps with device_ids, such
+an iota), or, of a permute, as pairs.
 """
 
 import re
@@ -160,25 +161,34 @@ def _members(attributes, kind, mesh_shape):
     devices = int(np.prod(list(mesh_shape.values())))
     if kind == "collective-permute":
         return _ring(attributes, devices)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
-        return _of_named_axes(*found.groups())
-    iota = r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    if found := re.search(iota, attributes):
-        groups, source, order = (
-            [int(n) for n in (g or "").split(",") if n] for g in found.groups()
-        )
-        ids = np.arange(np.prod(source)).reshape(source)
-        ids = ids.transpose(order) if order else ids
-        return tuple(int(i) for i in ids.reshape(groups)[0])
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    ids = rf"(?:, *device_ids=\({order}\))?"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\]{ids} *\{{([^}}]*)\}}", attributes):
+        sizes, source, turned, axes = found.groups()
+        return _of_named_axes(sizes, axes, source and _iota(source, turned))
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={order}", attributes):
+        groups, source, turned = found.groups()
+        return tuple(int(i) for i in _iota(source, turned).reshape(_numbers(groups))[0])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return tuple(int(i) for i in found.group(1).split(",") if i)
     return tuple(range(devices))  # an empty list: all of them
 
 
-def _of_named_axes(sizes, axes):
+def _iota(sizes, order):
+    """The numbers of devices as [2,4]T(1,0) names them, in a row."""
+    ids = np.arange(np.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (ids.transpose(_numbers(order)) if order else ids).ravel()
+
+
+def _numbers(text):
+    return [int(n) for n in text.split(",") if n]
+
+
+def _of_named_axes(sizes, axes, ids):
     """mesh['a'=2,'b'=4] {'b'}, and of an axis split further 'b':(2)2, 2 within each 2."""
     shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-    ids = np.arange(np.prod(list(shape.values()))).reshape(list(shape.values()))
+    ids = np.arange(np.prod(list(shape.values()))) if ids is None else ids
+    ids = ids.reshape(list(shape.values()))
     index = [[0] for _ in shape]
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
         whole, place = shape[name], list(shape).index(name)

@@ -119,6 +119,12 @@ ENTRY %main_spmd (x: bf16[4,8]) -> bf16[4,8] {
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("tensor",)),
         ("replica_groups=mesh['a'=2,'b'=4,'c'=1] {'b','c'}", ("tensor",)),
         ("replica_groups=mesh['a'=8] {'a':(2)4}", ("tensor",)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", ("tensor",)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}", ("tensor",)),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
+            ("data", "tensor"),
+        ),
         ("replica_groups=[2,4]<=[8]", ("tensor",)),
         ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("tensor",)),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "tensor")),
