@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.contract import LM
@@ -77,15 +78,24 @@ def make_mesh(spec: MeshSpec, devices=None, *, explicit: bool = False) -> Mesh:
     kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(MESH_AXES)
     sizes, slices = spec.sizes(len(devices)), _slices(devices)
     if len(slices) == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+        return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=kinds)
     if sizes[0] % len(slices):
         raise ValueError(
             f"config.mesh.data={sizes[0]} is the axis between the {len(slices)} TPU slices here: "
             f"it has to be a multiple of {len(slices)}"
         )
     inner = (sizes[0] // len(slices), *sizes[1:])
-    parts = [jax.make_mesh(inner, MESH_AXES, axis_types=kinds, devices=part) for part in slices]
-    return Mesh(np.concatenate([part.devices for part in parts]), MESH_AXES, axis_types=kinds)
+    grids = [_grid(inner, part) for part in slices]
+    return Mesh(np.concatenate(grids), MESH_AXES, axis_types=kinds)
+
+
+def _grid(sizes, devices) -> np.ndarray:
+    """The devices of one slice, neighbours along the axes that send most."""
+    kinds = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices).devices
+    except NotImplementedError:  # 8 of 4 × 4 × 4: an axis and half of another one
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices) -> list[list]:

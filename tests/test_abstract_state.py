@@ -59,6 +59,18 @@ def test_evaluation_keeps_documents_apart_whatever_training_does(monkeypatch):
     assert built.scorer is not built.lm
 
 
+def test_an_axis_that_is_no_dimension_of_the_torus_is_made_of_parts(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("no axis of 8 on a torus of 4 x 4 x 4")
+
+    whole = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2), explicit=True)
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    parts = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2), explicit=True)
+    assert parts.shape == whole.shape
+    assert parts.are_all_axes_explicit
+    assert {device.id for device in parts.devices.flat} == set(range(8))
+
+
 def test_copies_count_where_an_axis_is_split_only_in_part():
     mesh = sharding.make_mesh(sharding.MeshSpec(fsdp=4, tensor=2))
     leaf = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, "float32")}
