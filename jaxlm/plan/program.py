@@ -17,8 +17,11 @@ from jaxlm.plan.collectives import Collective, collectives
 from jaxlm.plan.topology import Topology, quiet
 from jaxlm.specs import Run
 
-# "... Used 20.15G of 15.75G hbm" of the TPU's compiler; a GPU's runs out only when it runs.
-TOO_LARGE = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+# "... Used 20.15G of 15.75G hbm" of the TPU's compiler, or "... temporaries (101.71G) exceeds
+# available HBM (95.74G)"; a GPU's runs out only when it runs.
+TOO_LARGE = re.compile(
+    r"(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+)
 STAND_IN: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0"
 }  # nobody will run its code

@@ -149,6 +149,13 @@ def test_sweep_ranks_by_time_what_fits(here):
     assert not sweep.rank(recipe, here._replace(chip=here.chip._replace(memory_bytes=least / 2)))
 
 
+def test_sweep_leaves_out_meshes_that_do_not_divide_the_experts(here):
+    keys = {"heads": 4, "kv_heads": 2, "experts": 4}
+    tensor = lambda **more: [m["mesh__tensor"] for m in sweep.meshes(run(**keys, **more), here)]
+    assert tensor() == tensor(experts_over="tensor") == [1, 2]
+    assert tensor(experts_over="fsdp") == [2]
+
+
 def test_traffic_by_hand():
     """Of a stack that a loop slices each slice counts once, and so does what it updates."""
     x = jax.numpy.ones((16, 128, 128))
@@ -259,13 +266,18 @@ def test_without_the_compiler_of_a_tpu_the_remedy_is_told(monkeypatch):
         topology.resolve("v5e:4x4")
 
 
-def test_running_out_of_memory_is_an_answer(here, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+        "on HBM, the total memory required for HLO temporaries (20.50G) exceeds available HBM "
+        "(15.75G).",
+    ],
+)
+def test_running_out_of_memory_is_an_answer(here, monkeypatch, said):
     class Lowered:
         def compile(self, options):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
-                "hbm. Exceeded hbm capacity by 4.75G."
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory {said}")
 
     built = build(run(), 256, jax.devices())
     monkeypatch.setattr(type(built), "trace", lambda self: types.SimpleNamespace(lower=Lowered))
