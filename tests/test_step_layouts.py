@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.contract import compose
 from jaxlm.methods.learnability import learnability
 from jaxlm.methods.next_token import next_token
@@ -12,7 +13,7 @@ from jaxlm.models.transformer import DecoderConfig, decoder
 from jaxlm.optim import OptimizerSpec
 from jaxlm.optim import build as build_optimizer
 from jaxlm.optim.state import state_shardings
-from jaxlm.step import init_state, make_step
+from jaxlm.step import init_state, make_score, make_step
 
 TENSOR = sharding.MeshSpec(fsdp=4, tensor=2)
 SEQUENCE = sharding.MeshSpec(data=2, fsdp=2, sequence=2)
@@ -38,13 +39,17 @@ def batch():
     }
 
 
+def model(sequence=1, **options):
+    sizes = {"vocabulary": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2}
+    attention = "xla" if sequence == 1 else "auto"
+    config = DecoderConfig(**sizes, scan_layers="on", attention=attention, **options)
+    return decoder(config, "cpu", sequence=sequence)
+
+
 def make(mesh_spec, *, explicit=False, optimizer="adamw", selector=None, **options):
     """Mesh, first state and step."""
     mesh = sharding.make_mesh(mesh_spec, explicit=explicit)
-    sizes = {"vocabulary": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2}
-    attention = "xla" if mesh_spec.sequence == 1 else "auto"
-    config = DecoderConfig(**sizes, scan_layers="on", attention=attention, **options)
-    lm = decoder(config, "cpu", sequence=mesh_spec.sequence)
+    lm = model(mesh_spec.sequence, **options)
     tx, _ = build_optimizer(OptimizerSpec(name=optimizer), 100, lm.axes)
     method = compose(next_token(), selector) if selector else next_token()
     other = lambda path: lm.init(jax.random.key(7))
@@ -94,3 +99,22 @@ def test_explicit_axes_give_the_same_step(spec, options):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.slow
+def test_whole_experts_go_on_where_slices_stopped(tmp_path):
+    """Params saved in one layout are restored to the other, with the loss that they had."""
+    experts = {"experts": 8, "ffn_width": 48, "router_balance": 0.1}
+    mesh, state, step = make(TENSOR, experts_over="fsdp", **experts)
+    kernel = state.params["blocks"]["mlp"]["experts"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 2, 32, 24)  # layers, experts, in, out
+    lm = model(**experts)
+    slices = jax.device_put(state.params, sharding.param_shardings(lm.axes, state.params, mesh))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": slices}, {})
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        found = checkpoints.restore(1, {"params": jax.tree.map(place, state.params)})
+    score = make_score(lm, next_token())
+    total, weight = score(jax.device_get(slices), {}, batch())["loss"]
+    _, metrics = take(mesh, state._replace(**found), step, steps=1)
+    np.testing.assert_allclose(metrics["loss"], total / weight, rtol=1e-5)

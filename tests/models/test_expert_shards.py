@@ -146,12 +146,14 @@ def test_over_fsdp_no_kernel_is_sent_and_an_even_share_is_counted(first):
         with jax.set_mesh(mesh):
             traced = mixture(over)[1].trace(*operands)
         program[over] = hlo.parse(traced.lower().compile().as_text())
-    largest = {
-        over: max(one.bytes for one in collectives(found, dict(mesh.shape)) if "fsdp" in one.axes)
+    sent = {
+        over: [one for one in collectives(found, dict(mesh.shape)) if "fsdp" in one.axes]
         for over, found in program.items()
     }
-    assert largest["fsdp"] == 4 * B * L * D * 3 / 4
-    assert largest[""] >= 4 * E * D * F / 2 * 3 / 4
+    of_tokens, of_kernel = 4 * B * L * D * 3 / 4, 4 * E * D * F / 2 * 3 / 4
+    assert max(one.bytes for one in sent["fsdp"]) == of_tokens
+    assert max(one.bytes for one in sent[""]) >= of_kernel
+    assert sum(one.total for one in sent["fsdp"]) == pytest.approx(5 * of_tokens, rel=0.2)
     assert not program["fsdp"].unknown_loops
     unknown = []
     pairs, block = B * L * 2, block_size(B * L * 2, E)
