@@ -50,29 +50,27 @@ def corpora(
     folder: Path, figures: dict[str, dict], rows: dict[str, list[dict]], about: dict[str, Any]
 ) -> Path:
     """`compression_TIME.json`, and `documents_SOURCE_TIME.jsonl` for each source with rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    when = stamp()
-    for name, some in rows.items():
-        if some:
-            lines = "".join(_json(row) + "\n" for row in some)
-            write_atomically(folder / f"documents_{name}_{when}.jsonl", lines)
-    path = folder / f"compression_{when}.json"
-    whole = {"compression": figures} | about | {"jaxlm_versions": versions()}
-    write_atomically(path, _json(whole, indent=2))
-    return path
+    apart = {f"documents_{name}": some for name, some in rows.items()}
+    return _figures(folder, "compression", figures, apart, about)
 
 
 def lengths(
     folder: Path, figures: list[dict], rows: list[dict[str, Any]], about: dict[str, Any]
 ) -> Path:
     """`lengths_TIME.json`, and `answers_TIME.jsonl` where there are rows."""
+    return _figures(folder, "lengths", figures, {"answers": rows}, about)
+
+
+def _figures(folder, kind, figures, rows, about):
+    """Figures with what they are of, and next to them files of rows, but for empty ones."""
     folder.mkdir(parents=True, exist_ok=True)
     when = stamp()
-    if rows:
-        lines = "".join(_json(row) + "\n" for row in rows)
-        write_atomically(folder / f"answers_{when}.jsonl", lines)
-    path = folder / f"lengths_{when}.json"
-    whole = {"lengths": figures} | about | {"jaxlm_versions": versions()}
+    for name, some in rows.items():
+        if some:
+            lines = "".join(_json(row) + "\n" for row in some)
+            write_atomically(folder / f"{name}_{when}.jsonl", lines)
+    path = folder / f"{kind}_{when}.json"
+    whole = {kind: figures} | about | {"jaxlm_versions": versions()}
     write_atomically(path, _json(whole, indent=2))
     return path
 
