@@ -43,11 +43,14 @@ def read(spec: sources.SourceSpec, characters: int, say: Callable[[str], None]) 
         kept.append(document)
     if tally.malformed > MALFORMED * tally.rows:
         raise ValueError(
-            f"{spec.source}: {tally.malformed} of {tally.rows} rows are malformed. The first: "
+            f"{spec.source}: {tally.malformed:,} of {tally.rows:,} rows are malformed. The first: "
             f"{'; '.join(tally.where)}. {sources.remedy(spec)}"
         )
     if tally.malformed:
-        say(f"{spec.source}: {tally.malformed} malformed rows were left out ({tally.where[0]})")
+        say(
+            f"{spec.source}: {tally.malformed:,} of {tally.rows:,} rows, malformed, were left out. "
+            f"The first: {tally.where[0]}"
+        )
     if warning := sources.read_as_one_text(spec):
         say(warning)
     if not kept:
