@@ -366,11 +366,11 @@ def require_same_tokens(built: Built, tokenizer: Tokenizer, start: Stored | None
 
 def require_figure(built: Built) -> None:
     """Raises `ValueError` where the best checkpoint is kept by what no evaluation measures, or
-    the command line promises it."""
+    the run is to be judged by it."""
     run, (figure, side) = built.run, built.run.checkpoint.best()
     best = f"checkpoint.keep_best={run.checkpoint.keep_best!r}"
     wanted = [(best, figure, f"{side}:")] if figure else []
-    wanted += [(key, name, "") for key, name in wanted_figures(run.expect, run.promised)]
+    wanted += [(key, name, "") for key, name in wanted_figures(run.expect, run.judged)]
     unsure = [each for each in wanted if each[1] not in losses(run.data, run.method)]
     if not unsure:
         return
@@ -382,6 +382,7 @@ def require_figure(built: Built) -> None:
     known = [f"{metric}/{name}" for metric in found for name in structured]
     evaluated = [name for name, extra in run.method.extras.items() if extra.evaluate]
     known += [f"{name}/{each}" for name in evaluated for each in known]
+    known += losses(run.data, run.method)
     for key, figure, side in unsure:
         if figure not in known:
             near = difflib.get_close_matches(figure, known, 1, 0.0)

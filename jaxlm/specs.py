@@ -166,6 +166,12 @@ class Run:
     promised: tuple[str, ...] = ()  # expectations set on the command line: judged in any case
 
     @property
+    def judged(self) -> tuple[str, ...]:
+        """The fields of `expect` that this run is held to: those of its recipe are for the recipe's
+        own settings."""
+        return self.promised if self.overridden else ("bits_per_char", "others")
+
+    @property
     def rows(self) -> int:
         """Rows drawn for one step; more than `batch` where the method selects."""
         return self.batch * self.method.oversample

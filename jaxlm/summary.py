@@ -254,10 +254,10 @@ def verdict(run, found: dict) -> list[str]:
     expected, bounds = run.expect.figures(), run.expect.bounds()
     if run.overridden:  # only what was promised for this run, not for the recipe's own settings
         said = []
-        if expected and "bits_per_char" not in run.promised:
+        if expected and "bits_per_char" not in run.judged:
             figures = ", ".join(f"{source} {most:.2f}" for source, most in expected.items())
             said, expected = [f"at most {figures} bits per character"], {}
-        if bounds and "others" not in run.promised:
+        if bounds and "others" not in run.judged:
             said += [f"{name} {side} {bound:g}" for name, side, bound in bounds]
             bounds = []
         if said:

@@ -233,6 +233,11 @@ def test_a_promise_of_a_figure_that_is_not_there_is_said(recipe):
     first, second = summary.verdict(check(recipe), found)
     assert first.endswith("expected: reached.")
     assert second == "los/a: not given (there is loss/a); <= 0.5 expected: not reached."
+    with pytest.raises(
+        ValueError, match=r"config.expect.others=.* no 'los/a'; did you mean 'loss/a'"
+    ):
+        require_figure(build(check(recipe), 258))
+    require_figure(build(check(recipe, ["steps"]), 258))  # another run than the recipe speaks of
     recipe.expect.bits_per_char = "a=1.3"
     assert "a: no bits per character were given" in summary.verdict(check(recipe), found)[-1]
 
