@@ -51,6 +51,7 @@ class Built(NamedTuple):
             self.run.method,
             self.tx,
             accumulate=self.run.accumulate,
+            sums=self.run.optimizer.gradient_dtype or "float32",
             spike_sigmas=self.run.guard.spike_sigmas,
             shardings=shardings,
         )

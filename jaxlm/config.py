@@ -71,7 +71,9 @@ FREE = (
     *("workdir", "profile", "expect.*", "mesh.*", "checkpoint.*", "eval.*", "log.*", "accumulate"),
     *("model.remat", "model.attention", "model.scan_layers", "model.loss_chunk"),
     "model.experts_over",
+    "optimizer.gradient_dtype",
 )
+MOST_BFLOAT16 = 256  # equal numbers that bfloat16 can sum before the next one is rounded away
 SOURCES = "data.mix.*.source"  # nor the places of its data: a hash tells that it is the same
 
 
@@ -161,6 +163,16 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         )
     if c.accumulate > 1 and not method.separable:
         raise ValueError(f"config.method={c.method!r} is no sum over rows: set config.accumulate=1")
+    if c.optimizer.gradient_dtype and not 1 < c.accumulate <= MOST_BFLOAT16:
+        raise ValueError(
+            f"config.optimizer.gradient_dtype={c.optimizer.gradient_dtype!r} is for sums of 2 to "
+            f"{MOST_BFLOAT16} micro-batches, and config.accumulate={c.accumulate}: "
+            + (
+                "there is nothing to sum; leave it out"
+                if c.accumulate == 1
+                else "the last ones would be rounded away in bfloat16; leave it out"
+            )
+        )
     if c.accumulate > 1 and c.model.experts and c.model.router_balance:
         notes += (
             f"experts are evened out within each micro-batch of {c.batch // c.accumulate} rows, so "

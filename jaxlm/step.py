@@ -36,14 +36,22 @@ def init_state(params, method: Method, tx, load: Any = None, base: Any = None) -
 
 
 def make_step(
-    lm: LM, method: Method, tx, *, accumulate: int = 1, spike_sigmas: float = 0.0, shardings=None
+    lm: LM,
+    method: Method,
+    tx,
+    *,
+    accumulate: int = 1,
+    sums: str = "float32",
+    spike_sigmas: float = 0.0,
+    shardings=None,
 ):
     """Returns the jitted `step(state, batch, key) -> state, metrics`; the state is donated.
 
     An update whose loss or gradient is not finite is skipped: params and moments stay, while the
     step and every count advance. With `spike_sigmas` > 0 so is one whose loss lies that many
     standard deviations above its running mean. Where only the update has numbers that are not
-    finite, these are left out, and it counts as skipped. `shardings`: those of the state, or None.
+    finite, these are left out, and it counts as skipped. `sums`: the dtype in which gradients are
+    summed over micro-batches. `shardings`: those of the state, or None.
     Raises `ValueError` where the method cannot be trained so.
     """
     objective = method.objective
@@ -67,7 +75,7 @@ def make_step(
             (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
             return loss, aux, grads
 
-        loss, aux, grads = _sum_over_micro_batches(micro_grads, batch, loss_key, accumulate)
+        loss, aux, grads = _sum_over_micro_batches(micro_grads, batch, loss_key, accumulate, sums)
         mean = lambda tree: jax.tree.map(lambda x: x / aux.weight, tree)
         loss, grads = mean((loss, grads))
         with jax.named_scope("optimizer"):
@@ -119,8 +127,12 @@ def make_score(lm: LM, method: Method, *, whole=None):
     return jax.jit(score, out_shardings=whole)
 
 
-def _sum_over_micro_batches(fn, batch, key, accumulate):
-    """Sums of loss, weight, metrics, taps and grads, so uneven micro-batches weigh rightly."""
+def _sum_over_micro_batches(fn, batch, key, accumulate, sums):
+    """Sums of loss, weight, metrics, taps and grads, so uneven micro-batches weigh rightly.
+
+    In float32 but for those of gradients, whose dtype is `sums`: each addition is made in float32,
+    and rounded.
+    """
     if accumulate == 1:
         return fn(batch, key)
     # Every accumulate-th row, not a run of rows: rows of one device stay on it.
@@ -129,9 +141,14 @@ def _sum_over_micro_batches(fn, batch, key, accumulate):
     )
     xs = (split, jax.random.split(key, accumulate))
     shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], xs))
-    kind = lambda s: jnp.float32 if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, kind(s)), shapes)
-    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, fn(*x)), None), zeros, xs)[0]
+
+    def zeros(tree, floating):
+        kind = lambda s: floating if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, kind(s)), tree)
+
+    add = lambda total, new: jnp.add(total, new).astype(total.dtype)
+    start = (*zeros(shapes[:2], jnp.float32), zeros(shapes[2], sums))
+    return jax.lax.scan(lambda total, x: (jax.tree.map(add, total, fn(*x)), None), start, xs)[0]
 
 
 def _judge(guard, loss, norm_grads, norm_updates, spike_sigmas):

@@ -7,7 +7,7 @@ from jaxlm import config as configs
 from jaxlm.build import build, require_figure
 from jaxlm.config import check, defaults, flatten, nest, source
 
-NUMBER_OF_KEYS = 102  # outside the groups of the methods
+NUMBER_OF_KEYS = 104  # outside the groups of the methods
 
 
 @pytest.fixture
@@ -82,6 +82,7 @@ def test_methods_compose_in_the_order_written(recipe):
         ("profile", "0-3", "counted from 1"),
         ("profile", "14-10", "such as '10-14'"),
         ("profile", "990-1001", "config.steps=1000"),
+        ("optimizer.gradient_dtype", "bfloat16", "config.accumulate=1: there is nothing to sum"),
     ],
 )
 def test_what_cannot_run_is_refused(recipe, key, value, message):

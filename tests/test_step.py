@@ -53,6 +53,25 @@ def test_uneven_micro_batches_weigh_what_they_should():
     np.testing.assert_allclose(metrics_one[0]["own"], rows(0)["x"][2].sum(), rtol=1e-5)
 
 
+def test_sums_of_gradients_have_the_dtype_asked_for():
+    """At w = 0 the gradient of (x·w - 1)² is -2x: 512 and then 2, of which bfloat16 keeps 512."""
+
+    def objective(lm, params, extras, batch, key):
+        loss = jnp.sum((batch["x"] @ params["w"] - 1) ** 2)
+        return loss, Aux(jnp.float32(0.5), {})
+
+    lm, tx = LM(lambda key: {"w": jnp.zeros(3)}, None, None, {"w": (None,)}), optax.sgd(1.0)
+    tx = optax.with_extra_args_support(tx)
+    batch = {"x": np.float32([[256, 0, 1], [1, 1, 1]])}
+    moved = {}
+    for sums in ("float32", "bfloat16"):
+        state = init_state(lm.init(None), Method(objective), tx)
+        step = make_step(lm, Method(objective), tx, accumulate=2, sums=sums)
+        moved[sums] = step(state, batch, jax.random.key(0))[0].params["w"]
+    np.testing.assert_array_equal(moved["float32"], [514, 2, 4])
+    np.testing.assert_array_equal(moved["bfloat16"], [512, 2, 4])
+
+
 def test_an_evaluation_sums_what_a_step_divides():
     score = make_score(LINEAR, Method(squares))
     found = score(LINEAR.init(None), {}, rows(0))

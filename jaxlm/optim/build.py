@@ -24,6 +24,7 @@ import optax
 
 from jaxlm.optim import named, rules, schedules
 from jaxlm.optim.muon import scale_by_muon
+from jaxlm.optim.rounding import second_moments_in_bfloat16
 from jaxlm.sharding import EXPERTS
 
 MUON_RMS = 0.2  # of an AdamW update, as measured by Moonlight's authors
@@ -55,6 +56,8 @@ class OptimizerSpec:
     clip: float = 1.0  # global norm of the gradient; 0 = off
     rules: str = ""  # see jaxlm.optim.rules
     moment_dtype: str = ""  # of the first moment; "" = float32
+    second_moment_dtype: str = ""  # "" = float32; bfloat16 is rounded at random (`rounding`)
+    gradient_dtype: str = ""  # of the sums over micro-batches; "" = float32
 
 
 def settled(spec: OptimizerSpec) -> OptimizerSpec:
@@ -89,6 +92,8 @@ def build(spec: OptimizerSpec, steps: int, axes: Any):
         core = optax.chain(_muon(spec, axes), decay_and_rate(schedule, multiples, decays))
     else:
         core = named.build(spec, OptimizerSpec(), schedule, axes, multiples, decays)
+    if spec.second_moment_dtype == "bfloat16":
+        core = second_moments_in_bfloat16(core, spec.name)
     parts = [clip(spec.clip)] if spec.clip else []
     return optax.with_extra_args_support(optax.chain(*parts, in_float32(core))), schedule
 
@@ -204,8 +209,9 @@ def _check(spec):
             "--config.optimizer.adam_learning_rate=0, and optimizer.learning_rate or a rule of "
             "optimizer.rules."
         )
-    if spec.moment_dtype not in ("", "float32", "bfloat16"):
-        raise ValueError(
-            f"optimizer.moment_dtype is {spec.moment_dtype!r}; give 'float32' or 'bfloat16', or "
-            "leave it empty."
-        )
+    for key in ("moment_dtype", "second_moment_dtype", "gradient_dtype"):
+        if getattr(spec, key) not in ("", "float32", "bfloat16"):
+            raise ValueError(
+                f"optimizer.{key} is {getattr(spec, key)!r}; give 'float32' or 'bfloat16', or "
+                "leave it empty."
+            )

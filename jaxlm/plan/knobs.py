@@ -55,6 +55,18 @@ def _candidates(run: Run, sizes: dict[str, int]):
             "a coarser first moment",
             changed(run, optimizer__moment_dtype="bfloat16"),
         )
+    if run.optimizer.second_moment_dtype != "bfloat16":
+        yield (
+            "--config.optimizer.second_moment_dtype=bfloat16",
+            "a noisier second moment",
+            changed(run, optimizer__second_moment_dtype="bfloat16"),
+        )
+    if 1 < run.accumulate <= 256 and run.optimizer.gradient_dtype != "bfloat16":
+        yield (
+            "--config.optimizer.gradient_dtype=bfloat16",
+            "coarser sums of gradients",
+            changed(run, optimizer__gradient_dtype="bfloat16"),
+        )
     if sizes["data"] > 1:
         text = "parameters gathered from more devices"
         flag = "--config.mesh.data=1 --config.mesh.fsdp=-1"

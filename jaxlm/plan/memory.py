@@ -56,8 +56,9 @@ def reckon(built: Built, kernel: bool | None = None) -> Memory:
     parameters = on_one_device(state.params)
     model, rows, length = share_of_one(run, sizes)
     ways = sizes["fsdp"] * sizes["tensor"]
-    # Accumulated gradients are float32, next to those of the micro-batch at hand.
-    sums = 4 * sum(x.size for x in jax.tree.leaves(state.params)) / ways
+    # Sums of gradients lie next to the gradients of the micro-batch at hand.
+    each = _itemsize(run.optimizer.gradient_dtype or "float32")
+    sums = each * sum(x.size for x in jax.tree.leaves(state.params)) / ways
     kept = stored_with_weights(model, rows, length, sizes["fsdp"], kernel)
     return Memory(
         parameters,

@@ -210,6 +210,8 @@ def test_state_lies_as_its_parameter(name, scan):
         ({"clip": -1.0}, "may not be negative"),
         ({"eps": 0.0}, "optimizer.eps is 0.0; give one above 0"),
         ({"moment_dtype": "float8"}, "moment_dtype"),
+        ({"second_moment_dtype": "float8"}, "second_moment_dtype"),
+        ({"gradient_dtype": "int8"}, "gradient_dtype"),
         ({"adam_learning_rate": 0.1}, "only read by muon.*adam_learning_rate=0"),
         ({"name": "sgdd", "adam_learning_rate": 0.1}, "did you mean 'sgd'"),
     ],
