@@ -420,6 +420,8 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     shapes = jax.eval_shape(start, base)
     whole = sharding.replicated(mesh)
     opt_state = state_shardings(tx, shapes.params, trained.axes, mesh)
+    if run.optimizer.offload:
+        opt_state = _offloaded(run, mesh, shapes.opt_state, opt_state)
     like_base = lambda tree: jax.tree.structure(tree) == jax.tree.structure(base)
 
     def of_extra(name, axes):
@@ -439,3 +441,19 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
         for name in run.method.extras.keys() - ours.keys()
     }
     return state._replace(extras={**state.extras, **models})
+
+
+def _offloaded(run, mesh, shapes, layout):
+    """The optimizer's state in the hosts' memory. Raises `ValueError` where that cannot be."""
+    key = f"config.optimizer.offload={run.optimizer.offload}"
+    if not sharding.has_host_memory(mesh):
+        device = mesh.devices.flat[0].device_kind
+        raise ValueError(
+            f"{key}: JAX knows of no {sharding.HOST!r} memory next to a {device}; leave it out"
+        )
+    found = sharding.in_host_memory(shapes, layout)
+    if not any(where.memory_kind == sharding.HOST for where in jax.tree.leaves(found)):
+        raise ValueError(
+            f"{key}: {run.optimizer.name} keeps no moments that could lie there; leave it out"
+        )
+    return found

@@ -70,8 +70,7 @@ TOP = {
 FREE = (
     *("workdir", "profile", "expect.*", "mesh.*", "checkpoint.*", "eval.*", "log.*", "accumulate"),
     *("model.remat", "model.attention", "model.scan_layers", "model.loss_chunk"),
-    "model.experts_over",
-    "optimizer.gradient_dtype",
+    *("model.experts_over", "optimizer.offload", "optimizer.gradient_dtype"),
 )
 MOST_BFLOAT16 = 256  # equal numbers that bfloat16 can sum before the next one is rounded away
 SOURCES = "data.mix.*.source"  # nor the places of its data: a hash tells that it is the same

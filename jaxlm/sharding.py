@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.contract import LM
 
+HOST = "pinned_host"  # the kind of memory that a device reads and writes by itself
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 LOGICAL = {
@@ -231,6 +233,22 @@ def left_to_the_compiler(fn, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     layouts = tuple(jax.typeof(x).sharding for x in arrays)
     inside: Callable = jax.sharding.auto_axes(fn, out_sharding=layouts)
     return inside(*arrays)
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh can read and write memory of their hosts."""
+    device = mesh.devices.flat[0]
+    return HOST in {memory.kind for memory in device.addressable_memories()}
+
+
+def in_host_memory(shapes: Any, shardings: Any) -> Any:
+    """The same shardings, in the hosts' memory for all arrays of numbers; counts stay."""
+
+    def one(x, where):
+        numbers = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0
+        return where.with_memory_kind(HOST) if numbers else where
+
+    return jax.tree.map(one, shapes, shardings)
 
 
 def platform(mesh: Mesh) -> str:

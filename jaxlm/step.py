@@ -6,6 +6,7 @@ the balance of a mixture of experts, a product of means that is taken within eac
 that accumulation does change it (`jaxlm.models.experts`).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -79,13 +80,16 @@ def make_step(
         mean = lambda tree: jax.tree.map(lambda x: x / aux.weight, tree)
         loss, grads = mean((loss, grads))
         with jax.named_scope("optimizer"):
+            norm_grads = optax.tree.norm(grads)
+            good = _is_good(state.guard, loss, norm_grads, spike_sigmas)
+            keep = functools.partial(_unless, good)
             updates, opt_state = tx.update(
-                grads, state.opt_state, state.params, taps=aux.taps, extras=state.extras
+                grads, state.opt_state, state.params, taps=aux.taps, extras=state.extras, keep=keep
             )
             params = optax.apply_updates(state.params, updates)
-        norm_grads, norm_updates = optax.tree.norm(grads), optax.tree.norm(updates)
-        good, guard = _judge(state.guard, loss, norm_grads, norm_updates, spike_sigmas)
-        params, opt_state = _unless(good, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = keep((params, opt_state), (state.params, state.opt_state))
+        norm_updates = optax.tree.norm(updates)
+        guard = _remembered(state.guard, loss, good & jnp.isfinite(norm_updates))
         metrics |= {name: per(each, aux.weight) for name, each in aux.metrics.items()}
         metrics |= {
             "loss": loss,
@@ -151,13 +155,16 @@ def _sum_over_micro_batches(fn, batch, key, accumulate, sums):
     return jax.lax.scan(lambda total, x: (jax.tree.map(add, total, fn(*x)), None), start, xs)[0]
 
 
-def _judge(guard, loss, norm_grads, norm_updates, spike_sigmas):
-    """Whether to take what is finite of the update, and what the guards remember of it."""
+def _is_good(guard, loss, norm_grads, spike_sigmas):
+    """Whether to take what is finite of the update."""
     finite = jnp.isfinite(loss) & jnp.isfinite(norm_grads)
     limit = guard["mean"] + spike_sigmas * jnp.sqrt(guard["variance"])
     spike = (spike_sigmas > 0) & (guard["seen"] >= GUARD_WARMUP) & (loss > limit)
-    good = finite & ~spike
-    whole = good & jnp.isfinite(norm_updates)
+    return finite & ~spike
+
+
+def _remembered(guard, loss, whole):
+    """What the guards remember of an update that was taken whole, or was not."""
     memory = jnp.where(guard["seen"] == 0, 0.0, GUARD_MEMORY)
     mean = memory * guard["mean"] + (1 - memory) * loss
     off = (loss - guard["mean"]) * (loss - mean)  # one-pass variance; first loss gives loss * 0
@@ -169,7 +176,7 @@ def _judge(guard, loss, norm_grads, norm_updates, spike_sigmas):
         "variance": memory * guard["variance"] + (1 - memory) * off,
     }
     skipped = guard | {"skipped": guard["skipped"] + 1, "in_row": guard["in_row"] + 1}
-    return good, {name: jnp.where(whole, judged[name], skipped[name]) for name in guard}
+    return {name: jnp.where(whole, judged[name], skipped[name]) for name in guard}
 
 
 def _unless(good, new, old):
@@ -177,10 +184,12 @@ def _unless(good, new, old):
 
     Each number that is not finite stays as it was: to keep all for the sake of one, the update
     would have to be whole before the first number is written, which takes memory like the params.
+    What lies in the host's memory was kept part by part (`optim.offload`).
     """
 
     def keep(n, o):
-        if jnp.issubdtype(n.dtype, jnp.integer):
+        there = jax.typeof(n).memory_space == jax.memory.Space.Host
+        if there or jnp.issubdtype(n.dtype, jnp.integer):
             return n
         floating = jnp.issubdtype(n.dtype, jnp.floating)
         return jnp.where(good & jnp.isfinite(n) if floating else good, n, o)

@@ -90,3 +90,17 @@ def test_model_flops_depend_on_no_way_to_save_time_or_memory():
         assert changed.model_flops() == count, how
     full = remade(plain, dataclasses.replace(plain.run.model, remat="full"))
     assert count_flops(full.trace().jaxpr) > 1.2 * count
+
+
+def test_moments_go_to_the_host_only_where_there_are_both(monkeypatch):
+    c = tiny.get_config()
+    c.model.update(width=D, layers=1, vocabulary=V)
+    c.optimizer.update(name="sgd", offload=True)
+    with pytest.raises(ValueError, match="offload=True: sgd keeps no moments"):
+        build(check(c), V, jax.devices()[:1])
+    c.optimizer.name = "adamw"
+    moments = jax.tree.leaves(build(check(c), V, jax.devices()[:1]).abstract.opt_state)
+    assert {x.sharding.memory_kind for x in moments if x.ndim} == {sharding.HOST}
+    monkeypatch.setattr(sharding, "HOST", "no_such_kind")
+    with pytest.raises(ValueError, match="knows of no 'no_such_kind' memory next to a cpu"):
+        build(check(c), V, jax.devices()[:1])

@@ -7,7 +7,7 @@ from jaxlm import config as configs
 from jaxlm.build import build, require_figure
 from jaxlm.config import check, defaults, flatten, nest, source
 
-NUMBER_OF_KEYS = 104  # outside the groups of the methods
+NUMBER_OF_KEYS = 105  # outside the groups of the methods
 
 
 @pytest.fixture

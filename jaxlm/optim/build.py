@@ -24,6 +24,7 @@ import optax
 
 from jaxlm.optim import named, rules, schedules
 from jaxlm.optim.muon import scale_by_muon
+from jaxlm.optim.offload import in_turn
 from jaxlm.optim.rounding import second_moments_in_bfloat16
 from jaxlm.sharding import EXPERTS
 
@@ -58,6 +59,7 @@ class OptimizerSpec:
     moment_dtype: str = ""  # of the first moment; "" = float32
     second_moment_dtype: str = ""  # "" = float32; bfloat16 is rounded at random (`rounding`)
     gradient_dtype: str = ""  # of the sums over micro-batches; "" = float32
+    offload: bool = False  # the moments lie in the host's memory but while they are updated
 
 
 def settled(spec: OptimizerSpec) -> OptimizerSpec:
@@ -94,8 +96,10 @@ def build(spec: OptimizerSpec, steps: int, axes: Any):
         core = named.build(spec, OptimizerSpec(), schedule, axes, multiples, decays)
     if spec.second_moment_dtype == "bfloat16":
         core = second_moments_in_bfloat16(core, spec.name)
+    core = in_float32(core)
     parts = [clip(spec.clip)] if spec.clip else []
-    return optax.with_extra_args_support(optax.chain(*parts, in_float32(core))), schedule
+    parts += [in_turn(core, axes) if spec.offload else core]
+    return optax.with_extra_args_support(optax.chain(*parts)), schedule
 
 
 def is_matrix(names: tuple) -> bool:
@@ -188,6 +192,12 @@ def _adam_multiples(spec, multiples, axes):
 def _check(spec):
     """Raises `ValueError` for an unknown name and for numbers out of range."""
     named.require_known(spec.name)
+    if spec.offload and spec.name not in {"adamw", "muon", *named.ELEMENTWISE}:
+        raise ValueError(
+            f"optimizer.offload={spec.offload} updates a part of the params at a time, which "
+            f"{spec.name} cannot, as its numbers depend on each other; leave it out, or take adamw "
+            "or muon"
+        )
     for key in ("b1", "b2", "momentum"):
         if not (0 <= getattr(spec, key) < 1 or getattr(spec, key) == OWN):
             raise ValueError(

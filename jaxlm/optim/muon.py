@@ -13,6 +13,7 @@ R rows, C columns of a matrix, R <= C inside; N matrices of a stack.
 
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +107,7 @@ def _in_stacks(tree, layouts, eps):
 
 def _orthogonalized(eps, *leaves):
     """Kernels of one shape, each alone or a stack, as one stack."""
-    parts = [leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
+    parts = [leaf.reshape(math.prod(leaf.shape[:-2]), *leaf.shape[-2:]) for leaf in leaves]
     ends = list(itertools.accumulate(map(len, parts)))
     done = jnp.split(orthogonalize(jnp.concatenate(parts), eps), ends[:-1])
     return tuple(part.reshape(leaf.shape) for part, leaf in zip(done, leaves, strict=True))

@@ -34,6 +34,23 @@ def state_shardings(tx, params: Any, axes: Any, mesh) -> Any:
     return treedef.unflatten(param_shardings(state_axes(tx, params, axes), leaves, mesh))
 
 
+def owners(tx, params: Any) -> list[int | None]:
+    """Of each leaf of `tx`'s state the number of the param that it belongs to and is shaped like;
+    None for what belongs to all."""
+    shaped = jax.tree_util.tree_leaves_with_path(params)
+    known = {path: (i, leaf.shape) for i, (path, leaf) in enumerate(shaped)}
+    state = jax.eval_shape(tx.init, params)
+
+    def owner(path, shape):
+        for start in range(len(path)):
+            i, of = known.get(path[start:], (None, None))
+            if of == shape:
+                return i
+        return None
+
+    return [owner(path, x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+
+
 def _names_of(path, shape, known):
     for start in range(len(path)):  # the longest end of the path first
         for end in (len(path), len(path) - 1):  # the last key may be the number of a layer

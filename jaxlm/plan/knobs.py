@@ -49,6 +49,12 @@ def _candidates(run: Run, sizes: dict[str, int]):
         "little",
         changed(run, model__loss_chunk=chunk),
     )
+    if not run.optimizer.offload:
+        yield (
+            "--config.optimizer.offload=True",
+            "the moments to and from the host in each step",
+            changed(run, optimizer__offload=True),
+        )
     if run.optimizer.moment_dtype != "bfloat16":
         yield (
             "--config.optimizer.moment_dtype=bfloat16",

@@ -25,7 +25,7 @@ BACKWARD = 1.5  # what a computation holds with its gradients, to what it holds 
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one device, and in its host's memory."""
 
     parameters: float
     optimizer: float
@@ -33,10 +33,12 @@ class Memory(NamedTuple):
     gradients: float
     activations: float  # stored from the forward to the backward pass
     working: float  # of one block or one chunk of the loss, while it is computed
+    host: float = 0.0  # of the state, for this device; on none
 
     @property
     def total(self) -> float:
-        return sum(self)
+        """On the device: in the backward pass, or where moments of the host are at hand."""
+        return sum(self) - self.host
 
     @property
     def state(self) -> float:
@@ -44,9 +46,19 @@ class Memory(NamedTuple):
 
 
 def on_one_device(tree) -> float:
-    """Bytes of a tree of shapes with shardings."""
+    """Bytes of a tree of shapes with shardings, in the device's own memory."""
+    return _bytes(tree, host=False)
+
+
+def on_its_host(tree) -> float:
+    """Bytes of a tree of shapes with shardings that lie in the host's memory for one device."""
+    return _bytes(tree, host=True)
+
+
+def _bytes(tree, host):
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return float(sum(size(x) for x in jax.tree.leaves(tree)))
+    there = lambda x: (x.sharding.memory_kind == sharding.HOST) == host
+    return float(sum(size(x) for x in jax.tree.leaves(tree) if there(x)))
 
 
 def reckon(built: Built, kernel: bool | None = None) -> Memory:
@@ -67,6 +79,7 @@ def reckon(built: Built, kernel: bool | None = None) -> Memory:
         parameters + (sums if run.accumulate > 1 else 0.0),
         kept,
         working(model, rows, length, sizes["fsdp"], kernel),
+        on_its_host(state.opt_state),
     )
 
 

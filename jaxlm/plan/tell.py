@@ -56,6 +56,8 @@ def memory_of(console, plan: Plan) -> None:
         rows.append(("working set", kinds.working, "reckoned: a block or a chunk of the loss"))
     console.say("\nMemory of one device, GiB")
     console.table([(name, f"{size / GIB:.2f}", why) for name, size, why in rows if size])
+    if kinds.host:
+        console.say(f"  on the host for each device {kinds.host / GIB:.2f}, the moments")
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
     needs, has = plan.peak_bytes / GIB, plan.capacity / GIB
     console.say(f"  in all {needs:.2f} of {has:.2f}, {needs / has:.0%}: {verdict}")

@@ -212,6 +212,7 @@ def test_state_lies_as_its_parameter(name, scan):
         ({"moment_dtype": "float8"}, "moment_dtype"),
         ({"second_moment_dtype": "float8"}, "second_moment_dtype"),
         ({"gradient_dtype": "int8"}, "gradient_dtype"),
+        ({"name": "adafactor", "offload": True}, "which adafactor cannot"),
         ({"adam_learning_rate": 0.1}, "only read by muon.*adam_learning_rate=0"),
         ({"name": "sgdd", "adam_learning_rate": 0.1}, "did you mean 'sgd'"),
     ],

@@ -54,6 +54,24 @@ def test_the_state_by_kind():
     assert memory.reckon(built).extras == held.parameters + 4  # and a count
 
 
+def test_the_state_in_other_dtypes_and_on_the_host():
+    recipe = run()
+    held = memory.reckon(build(recipe, 256, jax.devices()))
+    kernels = 4 * sum(reckon.parameters(recipe)) / 8
+    half = make.changed(recipe, optimizer__second_moment_dtype="bfloat16", accumulate=1)
+    found = memory.reckon(build(half, 256, jax.devices()))
+    assert held.optimizer - found.optimizer == pytest.approx(held.parameters / 2, abs=8)
+    away = make.changed(recipe, optimizer__offload=True)
+    found = memory.reckon(build(away, 256, jax.devices()))
+    assert (found.host, found.optimizer) == (2 * held.parameters, 8)  # and two counts
+    assert held.total - found.total == found.host
+    sums = [
+        memory.reckon(build(make.changed(run(16), accumulate=2, **more), 256, jax.devices()))
+        for more in ({}, {"optimizer__gradient_dtype": "bfloat16"})
+    ]
+    assert sums[0].gradients - sums[1].gradients == pytest.approx(kernels / 2, rel=0.02)
+
+
 def _with_reference():
     c = tiny.get_config()
     c.model.vocabulary = 256
