@@ -5,7 +5,8 @@ folder under a hash of all that it depends on: the params (`fingerprint`), the m
 records, the knobs, the code that makes the numbers. What does not match is never read: it has
 another name. Each field is one .npy file a source, [records, ...], of which a batch reads its rows;
 held-out records, whose index is negative, lie at its end. A pass that was cut off, by kill -9 too,
-leaves nothing that is read, and starts anew.
+leaves nothing that is read; in a single process the next one goes on from its last mark, if all
+that decides the bits is the same, else anew, as several processes do.
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import functools
 import hashlib
 import inspect
 import itertools
+import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,9 @@ import numpy as np
 from jaxlm import sharding
 from jaxlm.build import Built
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.data.batches import in_order
-from jaxlm.data.cache import cached, check
+from jaxlm.data.cache import cached, check, left_bytes
 from jaxlm.data.documents import Progress
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.rowfile import RowFile
@@ -34,6 +38,9 @@ from jaxlm.host import cluster
 
 Fields = Mapping[str, np.ndarray]
 Beside = Callable[[Fields], dict[str, np.ndarray]]
+
+MARK = "mark.json"  # in an unfinished folder: how many records are on the disk
+MARK_SECONDS = 10.0  # between two marks, each of which waits for the disk
 
 
 def routed(built: Built, prepared: Prepared) -> Beside:
@@ -143,7 +150,7 @@ class _Pass:
         size = each * sum(map(_records, self.prepared.sources))
         limit = self.built.run.method.columns[self.name].limit_gb
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder.parent).free
+        free = shutil.disk_usage(self.folder.parent).free + left_bytes(self.folder)
         text = f"{self.name!r} of every record takes {size / 1e9:.3g} GB in {self.folder.parent}"
         if size > limit * 1e9:
             raise ValueError(
@@ -160,37 +167,85 @@ class _Pass:
     def run(self, params, *, writes: bool) -> None:
         """Computes every field. All processes take part; those that write keep it."""
         batches = self._batches(params)
+
+        def build(at):
+            nonlocal batches
+            if done := self._marked(at):
+                self.say(f"  going on behind record {done:,}, where a pass was cut off")
+                batches = self._batches(params, done)
+            return self._write(at, batches, done)
+
         if writes:
-            cached(self.folder, self.name, lambda at: self._write(at, batches), self.progress)
+            # Several would have to agree where to go on.
+            cached(self.folder, self.name, build, self.progress, not cluster.several())
         for _ in batches:  # of others, or of one that another run has written meanwhile
             pass
 
-    def _batches(self, params) -> Iterator[tuple[int, np.ndarray, Fields]]:
-        """(source, index of records, their fields); held-out records count from the end."""
-        mesh, run = self.built.mesh, self.built.run
-        rows = run.batch // run.accumulate  # as many as a step has in memory at one time
+    @property
+    def _rows(self) -> int:
+        """Of a batch: as many as a step has in memory at one time."""
+        return self.built.run.batch // self.built.run.accumulate
+
+    def _batches(self, params, begin: int = 0) -> Iterator[tuple[int, np.ndarray, Fields]]:
+        """(source, index of records, their fields); held-out records count from the end.
+
+        `begin`: behind so many records, which end a batch.
+        """
+        mesh, rows = self.built.mesh, self._rows
         fn, _ = self.built.column(self.name)
         program = jax.jit(fn, out_shardings=sharding.replicated(mesh))
         attend = self.built.run.data.attend_across_documents
         total, done = sum(map(_records, self.prepared.sources)), 0
         for number, source in enumerate(self.prepared.sources):
             for held_out in (False, True):
-                for first, batch in in_order(self.prepared, number, rows, attend, held_out):
+                there = source.held_out_rows if held_out else source.rows
+                skipped = max(0, min(there, begin - done))
+                done += skipped
+                if skipped == there:
+                    continue
+                records = in_order(self.prepared, number, rows, attend, held_out, skipped)
+                for first, batch in records:
                     fields = program(params, self.built.put_whole(batch))
-                    count = min(rows, (source.held_out_rows if held_out else source.rows) - first)
+                    count = min(rows, there - first)
                     found = {k: np.asarray(v)[:count] for k, v in fields.items()}
                     yield number, batch["index"][:count], found
                     done += count
                     self.progress(done, total, f"{self.name}: record {done:,} of {total:,}")
 
-    def _write(self, at: Path, batches) -> dict:
-        files = {
+    def _files(self, at: Path, *, there: bool) -> dict[tuple[int, str], RowFile]:
+        """(source, field) -> its file, which is made unless it is `there`."""
+        return {
             (number, field): RowFile(
-                at / _file(number, field), np.dtype(x.dtype), (_records(source), *x.shape)
+                at / _file(number, field),
+                np.dtype(x.dtype),
+                (_records(source), *x.shape),
+                there=there,
             )
             for number, source in enumerate(self.prepared.sources)
             for field, x in self.fields.items()
         }
+
+    def _made_by(self) -> str:
+        """What decides the bits besides the name of the folder."""
+        mesh = self.built.mesh
+        kind = mesh.devices.flat[0].device_kind
+        return repr((self._rows, dict(mesh.shape), kind, jax.__version__))
+
+    def _marked(self, at: Path) -> int:
+        """How many records stand in an unfinished folder; 0 if they are of no use."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            mark = json.loads((at / MARK).read_text())
+            if mark["by"] == self._made_by():
+                self._files(at, there=True)
+                return int(mark["records"])
+        return 0
+
+    def _write(self, at: Path, batches, done: int) -> dict:
+        """Behind the first `done` records, which are there."""
+        if not done:
+            for path in at.iterdir():
+                path.unlink()
+        files, marked = self._files(at, there=bool(done)), time.monotonic()
         for number, of_source in itertools.groupby(batches, key=lambda found: found[0]):
             with contextlib.ExitStack() as stack:
                 write = {
@@ -199,6 +254,14 @@ class _Pass:
                 for _, index, fields in of_source:
                     for field, values in fields.items():
                         write[field](index, values)
+                    done += len(index)
+                    if time.monotonic() - marked >= MARK_SECONDS:
+                        for field in self.fields:
+                            files[number, field].sync()
+                        mark = {"records": done, "by": self._made_by()}
+                        write_atomically(at / MARK, json.dumps(mark))
+                        marked = time.monotonic()
+        (at / MARK).unlink(missing_ok=True)
         return {"fields": sorted(self.fields), "sources": len(self.prepared.sources)}
 
     def reader(self) -> Beside:

@@ -1,5 +1,6 @@
 """What frozen models say of every record, computed once: the same losses, and never another's."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -264,6 +265,65 @@ def test_a_pass_that_is_cut_off_leaves_nothing_to_read(home, tmp_path, monkeypat
     assert (kept < 0).all()
     assert not of(2).said
     np.testing.assert_array_equal(of(2).beside(some)["reference"], kept)
+
+
+class Killed(BaseException):
+    """No `Exception`: nothing is tidied, as behind a kill -9."""
+
+
+@contextlib.contextmanager
+def killed_behind(writes):
+    """The write behind so many never comes."""
+    calls, write = [], rowfile.os.pwrite
+
+    def pwrite(fd, data, at):
+        if len(calls) == writes:
+            raise Killed
+        calls.append(at)
+        return write(fd, data, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "MARK_SECONDS", 0.0)
+        patch.setattr(rowfile.os, "pwrite", pwrite)
+        yield
+
+
+def test_a_pass_that_was_killed_goes_on_to_the_same_bits(home, tmp_path, monkeypatch):
+    of = lambda at: Training(home, tmp_path / at, **{"dpo.reference": "precomputed", "seed": 12})
+    cache, computed = home / "cache" / "columns", []
+    before = {path for path in cache.glob("*") if path.is_dir()}
+
+    def counted(*args):
+        for found in in_order(*args):
+            computed.append(found[0])
+            yield found
+
+    monkeypatch.setattr(columns, "in_order", counted)
+    of("whole")
+    (folder,) = {path for path in cache.glob("*") if path.is_dir()} - before
+    whole = {file.name: file.read_bytes() for file in folder.glob("*.npy")}
+    batches = len(computed)
+    shutil.rmtree(folder)
+    computed.clear()
+    for writes in random.Random(1).sample(range(1, batches // 2), 2):
+        with killed_behind(writes), pytest.raises(Killed):  # a batch lies side by side: one write
+            of("cut")
+        assert not folder.exists()
+    assert any("going on behind record" in text for text in of("cut").said)
+    assert len(computed) == batches + 2, "only what was under way is computed again"
+    assert {file.name: file.read_bytes() for file in folder.glob("*.npy")} == whole
+    assert not list(cache.glob(".*building"))
+    assert not (folder / columns.MARK).exists()
+
+
+def test_a_pass_in_other_batches_begins_anew(home, tmp_path):
+    """Another program's last bits may be others."""
+    keys = {"dpo.reference": "precomputed", "seed": 13}
+    with killed_behind(2), pytest.raises(Killed):
+        Training(home, tmp_path / "run", **keys)
+    said = Training(home, tmp_path / "run", **keys, batch=16).said
+    assert said
+    assert not any("going on" in text for text in said)
 
 
 def teacher_in(folder, seed=0, train_tokenizer=False, **options):

@@ -96,8 +96,10 @@ def in_order(
     rows: int,
     attend_across_documents: bool = False,
     held_out: bool = False,
+    begin: int = 0,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first record, batch) for every record of a source once; the last one fills its batch up.
+    `begin`: with that record instead of the first.
 
     A held-out record's `index` is -1 - its number, so that nobody takes it for the one of that
     number that is trained on.
@@ -105,7 +107,7 @@ def in_order(
     found = prepared.sources[source]
     gather = Gather([found], attend_across_documents, held_out)
     count = found.held_out_rows if held_out else found.rows
-    for first in range(0, count, rows):
+    for first in range(begin, count, rows):
         numbers = np.minimum(np.arange(first, first + rows), count - 1)
         batch = gather(numbers.tolist()) | {"source": np.full(rows, source, np.int32)}
         yield first, batch | ({"index": -1 - batch["index"]} if held_out else {})

@@ -6,9 +6,11 @@ operating system's, so it goes when its process does, however that ends.
 
 Where a file system has no locks, several processes may build at a time, each in a folder of its
 own; the first whole one stands. What killed builds left is cleared where nobody can be writing it:
-by the holder of the lock what was of its host, and by anyone what is older than a week.
+by the holder of the lock what was of its host, and by anyone what is older than a week. A build
+that can go on from a part is given what one that was killed on its host has left.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -39,9 +41,17 @@ class Found(NamedTuple):
 
 
 def cached(
-    folder: pathlib.Path, what: str, build: Callable[[pathlib.Path], dict], progress: Progress
+    folder: pathlib.Path,
+    what: str,
+    build: Callable[[pathlib.Path], dict],
+    progress: Progress,
+    goes_on: bool = False,
 ) -> Found:
-    """The folder, built by `build(temporary folder) -> facts` unless it is there and whole."""
+    """The folder, built by `build(temporary folder) -> facts` unless it is there and whole.
+
+    `goes_on`: the temporary folder may hold what a build left that was killed or stopped; `build`
+    judges what it is worth.
+    """
     if (facts := check(folder)[0]) is not None:
         return Found(folder, facts, True, "")
     with _lock_file(folder) as lock:
@@ -52,14 +62,18 @@ def cached(
         note = (
             f"The prepared {what} was damaged ({trouble}) and was built again." if trouble else ""
         )
-        _clear(folder, locked)
+        left = _clear(folder, locked, goes_on)
         temporary = folder.parent / _own_name(folder)
-        temporary.mkdir()
+        if left:
+            left.rename(temporary)
+        else:
+            temporary.mkdir()
         try:
             facts = build(temporary)
             _write_manifest(temporary, facts)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, Exception) or not goes_on:  # and not a Ctrl-C
+                shutil.rmtree(temporary, ignore_errors=True)
             if _full(error):
                 raise ValueError(
                     f"the disk is full: {folder.parent} cannot hold the prepared {what}; free some "
@@ -76,16 +90,32 @@ def _own_name(folder: pathlib.Path) -> str:
     return f".{folder.name}.{own}.building"
 
 
-def _clear(folder: pathlib.Path, locked: bool) -> None:
-    """Removes what killed builds left, where nobody can be writing it."""
+def _clear(folder: pathlib.Path, locked: bool, keep: bool) -> pathlib.Path | None:
+    """Removes what killed builds left, where nobody can be writing it; with `keep` the newest that
+    was of this host stays, and is returned."""
+    dead = {}
     for left in folder.parent.glob(f".{folder.name}.*building"):
-        dead = locked and left.name.endswith(f"@{socket.gethostname()}.building")
         try:
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
         except OSError:  # its process has just renamed or removed it
             continue
-        if dead or time.time() - newest > STALE_SECONDS:
+        if locked and left.name.endswith(f"@{socket.gethostname()}.building"):
+            dead[left] = newest
+        elif time.time() - newest > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
+    kept = max(dead, key=lambda left: dead[left], default=None) if keep else None
+    for left in dead.keys() - {kept}:
+        shutil.rmtree(left, ignore_errors=True)
+    return kept
+
+
+def left_bytes(folder: pathlib.Path) -> int:
+    """What unfinished builds of a folder take on the disk."""
+    size = 0
+    for path in folder.parent.glob(f".{folder.name}.*building/*"):
+        with contextlib.suppress(OSError):  # its process has just renamed or removed it
+            size += path.stat().st_size
+    return size
 
 
 def _settle(temporary: pathlib.Path, folder: pathlib.Path, facts: dict) -> dict:

@@ -16,12 +16,19 @@ _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # take space ahead
 
 
 class RowFile:
-    """Makes the file, its rows zero, and writes into it."""
+    """Makes the file, its rows zero, and writes into it; or goes on with one that is there."""
 
-    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
-        """`shape`: of the whole array."""
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...], *, there: bool = False):
+        """`shape`: of the whole array. Raises `ValueError` where the file that is to be `there` is
+        another one, `OSError` where it is none."""
         self._path, self._dtype, self._rows = path, dtype, shape[0]
         self._each = dtype.itemsize * int(np.prod(shape[1:], dtype=int))
+        if there:
+            found = np.load(path, mmap_mode="r")
+            if (found.dtype, found.shape) != (dtype, shape):
+                raise ValueError(f"{path} is {found.dtype} {found.shape}, not {dtype} {shape}")
+            self._start = found.offset
+            return
         descr = np.lib.format.dtype_to_descr(dtype)
         with open(path, "xb") as file:
             np.lib.format.write_array_header_1_0(
@@ -58,6 +65,14 @@ class RowFile:
 
         try:
             yield write
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        """Returns when all that was written so far is on the disk."""
+        fd = os.open(self._path, os.O_WRONLY)
+        try:
             os.fsync(fd)
         finally:
             os.close(fd)

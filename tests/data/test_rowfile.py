@@ -54,3 +54,18 @@ def test_a_write_that_is_taken_in_parts_is_whole(tmp_path, monkeypatch):
     with RowFile(tmp_path / "x.npy", np.dtype(np.int64), (2, 2)).open() as write:
         write([0, 1], np.array([[1, 2], [3, 4]]))
     assert np.load(tmp_path / "x.npy").tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_file_that_is_there_is_gone_on_with(tmp_path):
+    kind = np.dtype(np.float16)
+    with RowFile(tmp_path / "x.npy", kind, (3, 2)).open() as write:
+        write([0], np.ones((1, 2)))
+    again = RowFile(tmp_path / "x.npy", kind, (3, 2), there=True)
+    with again.open() as write:
+        write([2], np.full((1, 2), 2.0))
+        again.sync()
+    assert np.load(tmp_path / "x.npy").tolist() == [[1, 1], [0, 0], [2, 2]]
+    with pytest.raises(ValueError, match=r"is float16 .* not float16"):
+        RowFile(tmp_path / "x.npy", kind, (4, 2), there=True)
+    with pytest.raises(FileNotFoundError):
+        RowFile(tmp_path / "y.npy", kind, (4, 2), there=True)
