@@ -30,7 +30,8 @@ def head(console, plan: Plan) -> None:
     how = "for these devices" if topology.compiled_for_it else "for CPUs in their place"
     console.say(
         f"{run.name} on {len(topology.devices)} × {topology.chip.name}{slices}, mesh {mesh}\n"
-        f"a step of {run.batch:,} × {run.data.length:,} tokens in {run.accumulate} micro-batches\n"
+        f"a step of {run.batch * run.members:,} × {run.data.length:,} tokens in {run.accumulate} "
+        "micro-batches\n"
         f"compiled {how} in {plan.compiled.seconds:.0f} s by jax {jax.__version__}"
     )
 
