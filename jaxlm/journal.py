@@ -79,11 +79,15 @@ class Journal:
         ]
         with self.clock("log"):
             self.writer.steps(lines)
-            for kind, spent in self.clock.drain().items():
-                self.writer.event(kind, spent, numbers[-1])
+            self.tell_times(numbers[-1])
         self._worst = max(self._worst, *(int(metrics["skipped_in_row"]) for metrics in fetched))
         self.skipping = int(fetched[-1]["skipped_in_row"]) > 0
         self._say(lines[-1])
+
+    def tell_times(self, step: int) -> None:
+        """Writes down where the time has gone since the last call."""
+        for kind, spent in self.clock.drain().items():
+            self.writer.event(kind, spent, step)
 
     def pause(self):
         """Call when the loop turns to something else than training; returns `resume`."""

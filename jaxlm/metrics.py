@@ -74,7 +74,8 @@ class Writer:
     def truncate(self, step: int, last: int | None = None) -> None:
         """On resume: drops steps, evaluations and samples beyond `step`, and half-written lines.
 
-        Evaluations and samples of the run's `last` step go too, since a run ends by making them.
+        Evaluations and samples of the step `last` go too, where they are made anew: that of the
+        run, or one whose evaluation was cut short.
         Events stay, as the time they took was really spent.
         """
         if self.quiet:

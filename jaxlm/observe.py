@@ -25,6 +25,7 @@ from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
+from jaxlm.host.signals import Stopped
 from jaxlm.metrics import Clock, Writer
 from jaxlm.sharding import replicated, rows_divide_by
 from jaxlm.step import make_score
@@ -53,6 +54,7 @@ class Observer:
         self.built, self.prepared = built, prepared
         self.console, self.writer, self.clock = console, writer, clock
         self.figures: dict[str, float] = {}
+        self.look_up: Callable[[], None] = lambda: None  # between the parts of an evaluation
         self.evaluated = 0  # the step of these figures
         length = run.data.length
         stride = run.eval.stride or max(length // 2, 1)
@@ -132,7 +134,22 @@ class Observer:
         """The figures, if that step was evaluated."""
         return self.figures if step == self.evaluated else {}
 
-    def look(self, step: int, state) -> None:
+    def look(self, step: int, state, look_up: Callable[[], None]) -> bool:
+        """Whatever is due after this step; returns whether it came to its end.
+
+        `look_up` is called between the parts of an evaluation, and raises `Stopped` where nothing
+        of this step has been written down yet.
+        """
+        self.look_up = look_up
+        try:
+            self._look(step, state)
+            return True
+        except Stopped:
+            return False
+        finally:
+            self.look_up = lambda: None
+
+    def _look(self, step, state):
         begin = time.monotonic()
         scored = self.run_tasks(step, state)[0] if self._tasks_due(step) else {}
         if self._held_due(step):
@@ -283,9 +300,11 @@ class Observer:
         }
 
     def _tick_tasks(self, done, total):
+        self.look_up()
         self.console.note(f"running tasks, request {done:,} of {total:,}")
 
     def _tick(self, done, total):
+        self.look_up()
         self.console.note(f"scoring held-out text, row {done:,} of {total:,}")
 
     def _wait_for_compressors(self):

@@ -111,7 +111,9 @@ def _train(
     with console.phase(3, PHASES, "compile", "building and compiling the training step"):
         with clock("restore"):
             state, start = restore_or_start(built, prepared, checkpoints)
-        writer.truncate(start, run.steps)
+        # Whether the state's step has to be looked at again: a signal had cut that short.
+        unseen = start > 0 and checkpoints.about(start).get("unseen", False)
+        writer.truncate(start, start if unseen else run.steps)
         writer.event("resume" if start else "start", step=start, time=began)
         step_fn, between = built.step()
         key = jax.random.key(run.seed)
@@ -155,7 +157,11 @@ def _train(
         Signals(console.say) as signals,
         Profile(run.profile, run.workdir / "profile", console.say) as profile,
     ):
-        for step in range(start, run.steps):
+        if unseen:
+            resume = journal.pause()
+            unseen = not observer.look(start, state, signals.look_up)
+            resume()
+        for step in range(start, start if unseen else run.steps):
             if profile.begins(step + 1):
                 journal.fetch()
                 with clock("profile"):
@@ -176,7 +182,7 @@ def _train(
             if observer.due(step + 1):
                 journal.fetch()
                 resume = journal.pause()
-                observer.look(step + 1, state)
+                unseen = not observer.look(step + 1, state, signals.look_up)
                 resume()
             if (step + 1) % run.checkpoint.every == 0:
                 journal.fetch()
@@ -184,19 +190,22 @@ def _train(
                     resume = journal.pause()
                     with clock("checkpoint"):
                         writer.flush()  # a checkpoint never knows of steps that their file does not
-                        save(built, prepared, checkpoints, state, observer.figures_at(step + 1))
+                        figures = observer.figures_at(step + 1)
+                        save(built, prepared, checkpoints, state, figures, unseen=unseen)
                     resume()
             if journal.skipped_in_row >= run.guard.stop_after:
                 raise ValueError(
                     folder.skipped_too_often(run, journal.skipped_in_row, checkpoints.latest())
                 )
-            if signal := signals.stop_requested(step + 1):
+            if signal := signals.stop_requested():
                 break
         journal.fetch()
         with clock("checkpoint"):
-            save(built, prepared, checkpoints, state, observer.figures_at(int(state.step)))
+            figures = observer.figures_at(int(state.step))
+            save(built, prepared, checkpoints, state, figures, unseen=unseen)
             checkpoints.wait()
         if signal := signal or signals.at_the_end():
+            journal.tell_times(int(state.step))
             writer.event("interrupt", step=int(state.step))
             _page(run)
     if signal:
@@ -209,8 +218,7 @@ def _train(
         results["verdict"] = summary.verdict(run, results)
         summary.results(console, run, results)
     with console.phase(6, PHASES, "report", "writing the page"):
-        for kind, spent in clock.drain().items():
-            writer.event(kind, spent, run.steps)
+        journal.tell_times(run.steps)
         writer.flush()
         folder.write_results(run, results)
         page = _page(run)
@@ -261,15 +269,25 @@ def _beside(built, prepared, console, clock, checkpoints, state):
     return columns.joined(routed, found)
 
 
-def save(built: Built, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, figures):
-    """Saves what changes during a run; returns as soon as the arrays may be donated."""
+def save(
+    built: Built,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    figures,
+    unseen: bool = False,
+):
+    """Saves what changes during a run; returns as soon as the arrays may be donated.
+
+    `unseen`: the evaluation of this step was cut short, and is for who goes on from here.
+    """
     step = int(state.step)
     about = {
         "position": step * built.run.rows,
         "data": prepared.hash,
         "config": built.run.config,
         "vocabulary": prepared.tokenizer.vocabulary_size,
-    }
+    } | ({"unseen": True} if unseen else {})
     if adapter := built.run.method.adapter:
         about["adapter"] = dict(adapter.about)
     checkpoints.save(step, _items(built, state), about, figures)

@@ -1,8 +1,18 @@
-"""What the loop waits for while it looks at a run."""
+"""What the loop waits for while it looks at a run, and what it does not wait for."""
 
+import io
+import os
+import signal
 import threading
 
-from jaxlm import observe
+import pytest
+import tiny
+import whole_runs
+
+from jaxlm import observe, train
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import check
+from jaxlm.host.console import Console
 
 
 def test_compressors_are_run_here_where_their_thread_gets_no_time(monkeypatch):
@@ -18,3 +28,31 @@ def test_compressors_are_run_here_where_their_thread_gets_no_time(monkeypatch):
     observer._thread.join()
     observer._wait_for_compressors()
     assert len(done) == 1, "it had come to its end by itself"
+
+
+@pytest.mark.slow
+def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_it(home, monkeypatch):
+    monkeypatch.setenv("JAXLM_TEST_TEXT", str(home / "text"))
+    c = tiny.get_config()
+    c.update(workdir=str(home / "cut"), steps=6)
+    c.model.layers = 1
+    c.eval.update(every=2, samples="")
+    of = lambda file: [line["step"] for line in whole_runs.lines(home, "cut", file)]
+    go = lambda: train.train(check(c), Console(stream=io.StringIO()))
+    tick = observe.Observer._tick
+
+    def struck(self, done, total):
+        if (home / "cut" / "evals.jsonl").exists():  # the second one
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick(self, done, total)
+
+    monkeypatch.setattr(observe.Observer, "_tick", struck)
+    assert go() == train.EXIT["SIGTERM"]
+    assert of("metrics.jsonl") == [1, 2, 3, 4]
+    assert of("evals.jsonl") == [2], "nothing of the one that was cut short"
+    monkeypatch.undo()
+    monkeypatch.setenv("JAXLM_TEST_TEXT", str(home / "text"))
+    assert go() == 0
+    assert of("metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert of("evals.jsonl") == [2, 4, 6]
+    assert "unseen" not in Checkpoints(home / "cut" / "checkpoints").about(6)

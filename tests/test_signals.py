@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxlm.host.signals import Signals
+from jaxlm.host.signals import Signals, Stopped
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,15 @@ from jaxlm.host.signals import Signals
 def test_a_signal_is_seen_after_the_step(number, name):
     before, said = signal.getsignal(number), []
     with Signals(said.append) as signals:
-        assert signals.stop_requested(1) == ""
+        assert signals.stop_requested() == ""
+        signals.look_up()
         assert not said
         os.kill(os.getpid(), number)
-        assert signals.stop_requested(2) == name
+        assert signals.stop_requested() == name
+        with pytest.raises(Stopped, match=name):
+            signals.look_up()
         os.kill(os.getpid(), signal.SIGTERM)  # asking again changes nothing
-        assert signals.stop_requested(3) == name
+        assert signals.stop_requested() == name
     assert len(said) == 1
     assert said[0].startswith(f"{name}: saving after this step")
     assert ("Ctrl-C again" in said[0]) == (name == "Ctrl-C")

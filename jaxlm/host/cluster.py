@@ -308,9 +308,9 @@ def first(words: Iterable[str]) -> str:
     return next((w for w in words if w), "")
 
 
-def stop_after(step: int, asked: str) -> str:
-    """The signal that stops all processes after this step, or "". `asked`: the one this has got."""
-    return _stopping.finished(step, asked) if _stopping else asked
+def stop_at(point: int, asked: str) -> str:
+    """The signal that stops all processes at this point, or "". `asked`: the one this has got."""
+    return _stopping.passed(point, asked) if _stopping else asked
 
 
 def on_end(tell: Callable[[str], None]) -> None:

@@ -3,11 +3,13 @@
     with Signals(print) as signals:
         for step in ...:
             ...
-            if signals.stop_requested(step):  # "" or the name of the signal
+            if signals.stop_requested():  # "" or the name of the signal
                 save and return
 
 The first signal asks for a stop after the running step; a second Ctrl-C ends the process at once.
-Of several processes one may have got it: all stop after the same step (`stopping`).
+What takes longer than a step, an evaluation, calls `look_up` between its parts, which may raise
+`Stopped`.
+Of several processes one may have got it: all stop at the same point (`stopping`).
 """
 
 import os
@@ -21,12 +23,17 @@ from jaxlm.host import cluster
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
+class Stopped(Exception):
+    """A signal asked to stop what is no step; the name of the signal."""
+
+
 class Signals:
     """A context manager that handles Ctrl-C and SIGTERM while it is open. Main thread only."""
 
     def __init__(self, say: Callable[[str], None] = print):
         self._say = say
         self._requested = ""
+        self._points = 0  # passed so far
         self._before: dict[int, Any] = {}
 
     def __enter__(self):
@@ -38,12 +45,18 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def stop_requested(self, step: int) -> str:
-        """The name of the signal that asked to stop after this step, or "".
+    def stop_requested(self) -> str:
+        """The name of the signal that asked to stop at this point, or "".
 
-        With several processes, call it once per step on each: they agree on one step.
+        With several processes, call it at the same points on each: they agree on one.
         """
-        return cluster.stop_after(step, self._requested)
+        self._points += 1
+        return cluster.stop_at(self._points, self._requested)
+
+    def look_up(self) -> None:
+        """Such a point inside of something long. Raises `Stopped`."""
+        if name := self.stop_requested():
+            raise Stopped(name)
 
     def at_the_end(self) -> str:
         """The same after the last step, where all processes have come."""
