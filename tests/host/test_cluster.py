@@ -59,7 +59,7 @@ def test_a_process_of_its_own(place):
     assert place() is None
     assert cluster.share(3) == [3]
     assert cluster.broadcast(3) == 3
-    assert cluster.stop_after(7, "SIGTERM") == "SIGTERM"
+    assert cluster.stop_at(7, "SIGTERM") == "SIGTERM"
     assert cluster.leave("error: ...", 1)
     assert (cluster.process(), cluster.count(), cluster.prefix()) == (0, 1, "")
 

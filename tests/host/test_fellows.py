@@ -236,7 +236,7 @@ def test_strangers_at_the_door_change_nothing():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_all_stop_after_the_same_step_wherever_each_of_them_is(seed):
+def test_all_stop_at_the_same_point_wherever_each_of_them_is(seed):
     rng = random.Random(seed)
     processes = met(3)
     for process in processes:
@@ -252,7 +252,7 @@ def test_all_stop_after_the_same_step_wherever_each_of_them_is(seed):
             # A step needs all to have begun it; a loop may run a few steps ahead of its device.
             while min(reached) < step - 4:
                 time.sleep(0.0005)
-            name = process.stopping.finished(step, "SIGTERM" if step >= asked.get(i, 10**6) else "")
+            name = process.stopping.passed(step, "SIGTERM" if step >= asked.get(i, 10**6) else "")
             reached[i] = step
             if name:
                 return step, name
