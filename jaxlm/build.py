@@ -25,7 +25,7 @@ from jaxlm.hf.family import canonical
 from jaxlm.hf.load import load as load_hf
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
-from jaxlm.optim.state import state_shardings
+from jaxlm.optim.state import state_axes, state_shardings
 from jaxlm.params import Hold, Kept, of_layers
 from jaxlm.params import load as load_params
 from jaxlm.specs import Run
@@ -421,7 +421,7 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     whole = sharding.replicated(mesh)
     opt_state = state_shardings(tx, shapes.params, trained.axes, mesh)
     if run.optimizer.offload:
-        opt_state = _offloaded(run, mesh, shapes.opt_state, opt_state)
+        opt_state = _offloaded(run, mesh, state_axes(tx, shapes.params, trained.axes), opt_state)
     like_base = lambda tree: jax.tree.structure(tree) == jax.tree.structure(base)
 
     def of_extra(name, axes):
@@ -443,7 +443,7 @@ def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
     return state._replace(extras={**state.extras, **models})
 
 
-def _offloaded(run, mesh, shapes, layout):
+def _offloaded(run, mesh, axes, layout):
     """The optimizer's state in the hosts' memory. Raises `ValueError` where that cannot be."""
     key = f"config.optimizer.offload={run.optimizer.offload}"
     if not sharding.has_host_memory(mesh):
@@ -451,7 +451,7 @@ def _offloaded(run, mesh, shapes, layout):
         raise ValueError(
             f"{key}: JAX knows of no {sharding.HOST!r} memory next to a {device}; leave it out"
         )
-    found = sharding.in_host_memory(shapes, layout)
+    found = sharding.in_host_memory(axes, layout)
     if not any(where.memory_kind == sharding.HOST for where in jax.tree.leaves(found)):
         raise ValueError(
             f"{key}: {run.optimizer.name} keeps no moments that could lie there; leave it out"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -241,14 +240,17 @@ def has_host_memory(mesh: Mesh) -> bool:
     return HOST in {memory.kind for memory in device.addressable_memories()}
 
 
-def in_host_memory(shapes: Any, shardings: Any) -> Any:
-    """The same shardings, in the hosts' memory for all arrays of numbers; counts stay."""
+def in_host_memory(axes: list[tuple], shardings: Any) -> Any:
+    """The same shardings, in the hosts' memory for what belongs to matrices of the params.
 
-    def one(x, where):
-        numbers = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0
-        return where.with_memory_kind(HOST) if numbers else where
-
-    return jax.tree.map(one, shapes, shardings)
+    `axes`: the logical ones of each leaf. Vectors stay, stacked ones too: there is little of them,
+    and a TPU cannot cut a bfloat16 row out of what lies on its host.
+    """
+    leaves, structure = jax.tree.flatten(shardings)
+    there = [sum(name not in (None, "layers") for name in names) >= 2 for names in axes]
+    return structure.unflatten(
+        [x.with_memory_kind(HOST) if to else x for x, to in zip(leaves, there, strict=True)]
+    )
 
 
 def platform(mesh: Mesh) -> str:

@@ -58,7 +58,8 @@ def memory_of(console, plan: Plan) -> None:
     console.say("\nMemory of one device, GiB")
     console.table([(name, f"{size / GIB:.2f}", why) for name, size, why in rows if size])
     if kinds.host:
-        console.say(f"  on the host for each device {kinds.host / GIB:.2f}, the moments")
+        size = f"{kinds.host / GIB:.2f}"
+        console.say(f"  on its host {size}: moments, which come and go each step; not timed here")
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
     needs, has = plan.peak_bytes / GIB, plan.capacity / GIB
     console.say(f"  in all {needs:.2f} of {has:.2f}, {needs / has:.0%}: {verdict}")
