@@ -2,9 +2,8 @@
 
 A device reads and writes some memory of its host by itself (`pinned_host`), and an optimizer's
 state is needed once in a step, so it may lie there. All of it at hand at once would take back what
-that saves: stacked layers have their turn one after the other in a loop, and other params in a few
-groups, each of which waits for the one before the last, so that one may travel while another is
-computed.
+that saves (a compiler fetches early), so stacked layers have their turn one after the other in a
+loop, and then all other params together.
 
 For optimizers that update each number by its own history, and for Muon, which does so with each
 matrix. The numbers are those of one update of all, but for the last digit of stacked params where a
@@ -21,8 +20,7 @@ import optax
 from jaxlm.optim.rules import is_names
 from jaxlm.optim.state import owners
 
-GROUPS = 8  # of params that are not stacked, at most about so many
-DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
+DEVICE = jax.memory.Space.Device
 
 
 def in_turn(tx: optax.GradientTransformation, axes: Any):
@@ -71,15 +69,7 @@ def _turns(axes, weights):
     ]
     for count in sorted(set(layers) - {0}, reverse=True):
         yield count, {i for i, n in enumerate(layers) if n == count}
-    group, size = set(), 0
-    rest = [i for i, n in enumerate(layers) if not n]
-    for i in rest:
-        group, size = group | {i}, size + weights[i].size
-        if size * GROUPS >= sum(weights[j].size for j in rest):
-            yield 0, group
-            group, size = set(), 0
-    if group:
-        yield 0, group
+    yield 0, {i for i, n in enumerate(layers) if not n}
 
 
 def _one_by_one(turn, layers, mine, of, grads, held):

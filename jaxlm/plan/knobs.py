@@ -51,9 +51,9 @@ def _candidates(run: Run, sizes: dict[str, int]):
     )
     if not run.optimizer.offload:
         yield (
-            "--config.optimizer.offload=True",
+            "--config.optimizer.offload=True --config.model.scan_layers=on",
             "the moments to and from the host in each step",
-            changed(run, optimizer__offload=True),
+            changed(run, optimizer__offload=True, model__scan_layers="on"),
         )
     if run.optimizer.moment_dtype != "bfloat16":
         yield (
