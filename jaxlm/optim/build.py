@@ -164,7 +164,8 @@ def _muon(spec, axes):
     labels = of_axes(lambda names: "muon" if is_matrix(names) else "adam")
     if "muon" not in jax.tree.leaves(labels):
         raise ValueError("optimizer muon finds no matrix to update in this model; use adamw.")
-    layouts = of_axes(lambda names: names[-2:] if is_matrix(names) else optax.MaskedNode())
+    behind = lambda names: names[1:] if names[:1] == ("layers",) else names
+    layouts = of_axes(lambda names: behind(names) if is_matrix(names) else optax.MaskedNode())
     muon = scale_by_muon(spec.momentum, spec.eps, layouts, spec.moment_dtype or None)
     return optax.partition(
         {"muon": optax.chain(muon, _consistent_rms()), "adam": _adam(spec)}, labels

@@ -37,8 +37,8 @@ class MuonState(NamedTuple):
 def scale_by_muon(momentum: float, eps: float, layouts: Any, dtype=None):
     """Nesterov momentum, orthogonalized over the last two axes; leading axes are batch axes.
 
-    `layouts`: a tree like the params of hashable values; only kernels of equal value share a stack.
-    `dtype`: of the stored momentum.
+    `layouts`: a tree like the params of the names of each one's axes behind that of layers; only
+    kernels of equal ones share a stack. `dtype`: of the stored momentum.
     """
 
     def init(params):
@@ -61,7 +61,8 @@ def scale_by_muon(momentum: float, eps: float, layouts: Any, dtype=None):
 
 
 def orthogonalize(x: jax.Array, eps: float) -> jax.Array:
-    """Each of N matrices, [N, R, C] float32, with its singular values moved to about 0.7–1.2."""
+    """Each of N matrices, [N, R, C] float32, with its singular values moved to about 0.7–1.2; of N
+    times so many experts', [N, E, R, C]."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, eps).mT
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True)) + eps)
@@ -82,7 +83,7 @@ def _through_gram(x):
     and g commute, so g becomes s·g·s, and x itself is needed only at the end."""
     a, b, c = COEFFICIENTS
     gram, total = _product(x, x.mT), None
-    identity = jnp.eye(x.shape[-2])[None]
+    identity = jnp.eye(x.shape[-2]).reshape((1,) * (x.ndim - 2) + gram.shape[-2:])
     for step in range(STEPS):
         s = a * identity + b * gram + c * _product(gram, gram)
         total = s if total is None else _product(s, total)
@@ -97,17 +98,20 @@ def _product(x, y):
 def _in_stacks(tree, layouts, eps):
     """`orthogonalize` of every matrix of a tree, those of one shape and layout together."""
     leaves, treedef = jax.tree.flatten(tree)
-    one_stack = functools.partial(_orthogonalized, eps)
-    for members in _stacks(leaves, treedef.flatten_up_to(layouts)):
+    layouts = treedef.flatten_up_to(layouts)
+    for members in _stacks(leaves, layouts):
+        one_stack = functools.partial(_orthogonalized, eps, len(layouts[members[0]]))
         done = sharding.left_to_the_compiler(one_stack, *(leaves[i] for i in members))
         for i, leaf in zip(members, done, strict=True):
             leaves[i] = leaf
     return treedef.unflatten(leaves)
 
 
-def _orthogonalized(eps, *leaves):
-    """Kernels of one shape, each alone or a stack, as one stack."""
-    parts = [leaf.reshape(math.prod(leaf.shape[:-2]), *leaf.shape[-2:]) for leaf in leaves]
+def _orthogonalized(eps, axes, *leaves):
+    """Kernels of one shape, each alone or a stack, as one stack. Of their last `axes` the first may
+    be that of experts, which stays one: devices that have whole ones keep them so."""
+    stack = lambda x: x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
+    parts = list(map(stack, leaves))
     ends = list(itertools.accumulate(map(len, parts)))
     done = jnp.split(orthogonalize(jnp.concatenate(parts), eps), ends[:-1])
     return tuple(part.reshape(leaf.shape) for part, leaf in zip(done, leaves, strict=True))
@@ -117,7 +121,7 @@ def _stacks(leaves, layouts):
     """Lists of the numbers of leaves that go together."""
     stacks, sizes = {}, {}
     for i, (leaf, layout) in enumerate(zip(leaves, layouts, strict=True)):
-        kind = leaf.shape[-2:], layout
+        kind = leaf.shape[-len(layout) :], layout
         sizes[kind] = sizes.get(kind, 0) + leaf.size
         stacks.setdefault((kind, sizes[kind] // STACK), []).append(i)
     return stacks.values()

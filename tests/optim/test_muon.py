@@ -33,7 +33,7 @@ def test_equals_optax(layers, monkeypatch):
     axes = len(layers), len(layers) + 1
     dimensions = jax.tree.map(lambda _: MuonDimensionNumbers(*axes), trees[0])
     expected = updates(theirs(beta=0.9, weight_dimension_numbers=dimensions), trees)
-    layouts = dict.fromkeys(SHAPES, "one layout")
+    layouts = dict.fromkeys(SHAPES, ("rows", "columns"))
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
     jax.tree.map(close, updates(scale_by_muon(0.9, 1e-8, layouts), trees), expected)
     monkeypatch.setattr(muon, "STACK", 1)  # each matrix for itself
