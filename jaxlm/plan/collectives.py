@@ -63,12 +63,13 @@ def collectives(
             for part, sent in _parts(kind, instruction, len(group), name, program, stand_in):
                 part, sent = ("reduce-scatter", sent / 2) if scatter else (part, sent)
                 one = Collective(part, _axes(group, mesh_shape), group, sent, program.runs[name])
-                # A TPU spreads a collective over several fusions, under one channel.
+                # A TPU spreads a collective over several fusions, under one channel. Where some lie
+                # in a loop that it lasts through, it begins and ends outside, and runs as often.
                 spread = instruction.channel and name in program.fused and not scatter
                 key = (
                     (instruction.channel, part, sent) if spread else (name, instruction.name, part)
                 )
-                if key not in found or one.times > found[key].times:
+                if key not in found or one.times < found[key].times:
                     found[key] = one
     return list(found.values())
 

@@ -146,6 +146,18 @@ def test_a_tpu_program(groups, axes):
     }
 
 
+def test_a_gather_that_lasts_through_a_loop_runs_once():
+    """A TPU begins it before and ends it behind, and goes on with it beside the loop's products."""
+    end = "  %f.2 = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%ended\n"
+    entry = "  %loop = "
+    behind = end.replace("%y", "%x")
+    text = TPU_TEXT.replace(end, "").replace(entry, behind + entry)
+    program = hlo.parse(text.replace("GROUPS", "replica_groups=[2,4]<=[8]"))
+    assert (program.runs["started"], program.runs["ended"]) == (4, 1)
+    found = by_kind_and_axes(collectives(program, SHAPE))
+    assert found["all-gather", ("tensor",)] == 3 * 4 * 8 * 2
+
+
 def test_a_loop_of_unknown_length_is_named():
     text = TPU_TEXT.replace("constant(8)", "parameter(1)").replace("GROUPS", "replica_groups={}")
     program = hlo.parse(text)
