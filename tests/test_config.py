@@ -145,6 +145,7 @@ def test_only_what_the_curve_depends_on_must_stay():
     old = {"seed": 0, "mesh.fsdp": 1, "log.every": 1, "workdir": "a"}
     assert configs.differences(old, old | {"mesh.fsdp": 8, "log.every": 5, "workdir": "b"}) == []
     elsewhere = {"accumulate": 4, "model.remat": "full", "data.mix.code.source": "/other/place"}
+    elsewhere |= {"model.experts_over": "fsdp"}
     assert configs.differences(old, old | elsewhere) == []
     assert configs.differences(old, old | {"seed": 1}) == ["seed: 0 there, 1 here"]
     assert configs.differences(old, old | {"model.layers": 3})
