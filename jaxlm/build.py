@@ -454,7 +454,7 @@ def _offloaded(run, mesh, axes, layout):
     found = sharding.in_host_memory(axes, layout)
     if not any(where.memory_kind == sharding.HOST for where in jax.tree.leaves(found)):
         raise ValueError(
-            f"{key}: {run.optimizer.name} keeps no moments that could lie there; leave it out"
+            f"{key}: {run.optimizer.name} keeps no moments of matrices here; leave it out"
         )
     if not any(names[:1] == ("layers",) for names in axes):
         raise ValueError(
