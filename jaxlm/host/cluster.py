@@ -78,7 +78,7 @@ def _explicit():
         raise ValueError(_half(given))
     address, processes, process = given.values()
     numbers = _number("JAX_NUM_PROCESSES", processes), _number("JAX_PROCESS_ID", process)
-    return _checked(address, *numbers, [], "JAX_COORDINATOR_ADDRESS")
+    return _checked(address, *numbers, _all_seen(), "JAX_COORDINATOR_ADDRESS")
 
 
 def _half(given):
@@ -177,10 +177,15 @@ def _tasks_here(text):
     return max(counts, default=1)
 
 
+def _all_seen():
+    """All visible devices, or None: JAX_LOCAL_DEVICE_IDS names this process's, and JAX reads it."""
+    return None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else []
+
+
 def _own_gpus(local, here):
     """This process's part of the GPUs of its host; all that it sees where it is alone there, or
     where the scheduler has given each process its own."""
-    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+    if _all_seen() is None:
         return None
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         seen = len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d])

@@ -68,6 +68,13 @@ def test_the_environment_says_it_all(place):
     assert place(THREE) == cluster.Place("a.b", 8476, 4, 3, [], "JAX_COORDINATOR_ADDRESS")
 
 
+@pytest.mark.parametrize("environment", [THREE, SLURM, OPEN_MPI])
+def test_devices_that_the_environment_names_are_left_to_jax(place, environment):
+    """`None` is what `jax.distributed.initialize` asks the variable for; an empty list is not."""
+    assert place(environment, JAX_LOCAL_DEVICE_IDS="2,3").devices is None
+    assert place(environment, JAX_LOCAL_DEVICE_IDS="").devices == []
+
+
 def test_an_indexed_job_says_which_pod_this_is(place):
     found = place(THREE, JAX_PROCESS_ID="", JOB_COMPLETION_INDEX="2")
     assert (found.process, found.processes) == (2, 4)
