@@ -10,27 +10,34 @@ the bfloat16 peak.
 Sources, read in November 2026. TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the network of
 v5e and v6e is that of a pod divided by its 256 chips, v4's is taken to be v5p's (not published).
 v4's links are those of its paper (arXiv 2304.01433): six of 50 GB/s. NVIDIA: the data sheets of
-A100 80GB, H100, H200 and DGX B200, SXM, without sparsity; the network is one card a GPU as in the
-DGX systems, 200 Gb/s for the A100 and 400 Gb/s for the others.
+A100 40GB and 80GB, H100, H200 and DGX B200, without sparsity, SXM where nothing else is said; the
+network is one card a GPU as in the DGX systems, 200 Gb/s for the A100 and 400 Gb/s for the others.
+A GPU's memory is what its driver tells, in the device descriptions of OpenXLA (xla/backends/gpu/
+target_config/specs; the H200's as nvidia-smi lists it, 143,771 MiB), rounded down: up to 7 % more
+than the data sheet says. The H100 NVL's is the data sheet's.
 """
 
 import re
 from typing import NamedTuple
 
 # A TPU's gigabytes are binary (its compiler has 15.75 of a v5e's 16 to give), a GPU's decimal.
-# A device belongs to the first row one of whose kinds its `device_kind` starts with, in lower case.
+# A device belongs to the first row one of whose kinds its `device_kind` starts with, in lower case
+# and without "NVIDIA"; a slice of a GPU (MIG) to none, nor does one of that name with other memory.
+# Memory's speed, links and network are GB/s.
 TABLE = """
-# name  TFLOP/s  memory GB  GB/s  link GB/s  network GB/s  torus  joined  fp8  device_kind
-v6e         918         32  1600        400        12.5        2     256   no  tpu v6 lite | tpu v6e
-v5e         197         16   819        200         3.125      2     256   no  tpu v5 lite | tpu v5e
-v5p         459         95  2765        600         6.25       3    6144   no  tpu v5p | tpu v5
-v4          275         32  1200        300         6.25       3    4096   no  tpu v4
-a100        312         80  2039        300        25          0       8   no  nvidia a100
-h100-pcie   756         80  2000         64        25          0       8  yes  nvidia h100 pcie
-h100-nvl    835         94  3900        300        25          0       2  yes  nvidia h100 nvl
-h100        989         80  3350        450        50          0       8  yes  nvidia h100
-h200        989        141  4800        450        50          0       8  yes  nvidia h200
-b200       2250        180  8000        900        50          0       8  yes  nvidia b200
+# name     TFLOP/s  memory GB  GB/s  link  network  torus  joined  fp8  device_kind
+v6e            918         32  1600   400     12.5      2     256   no  tpu v6 lite | tpu v6e
+v5e            197         16   819   200    3.125      2     256   no  tpu v5 lite | tpu v5e
+v5p            459         95  2765   600     6.25      3    6144   no  tpu v5p | tpu v5
+v4             275         32  1200   300     6.25      3    4096   no  tpu v4
+a100-40        312         42  1555   300       25      0       8   no  a100-sxm4-40 | a100-pcie-40
+a100           312         85  2039   300       25      0       8   no  a100-sxm4-80 | a100 80gb
+h100-pcie      756         84  2000    64       25      0       8  yes  h100 pcie
+h100-nvl       835         94  3900   300       25      0       2  yes  h100 nvl
+h100           989         84  3350   450       50      0       8  yes  h100 80gb
+h200-nvl       835        150  4800   450       50      0       4  yes  h200 nvl
+h200           989        150  4800   450       50      0       8  yes  h200
+b200          2250        191  8000   900       50      0       8  yes  b200
 """
 
 
@@ -69,9 +76,16 @@ def _read(line: str) -> Chip:
 CHIPS = {chip.name: chip for chip in map(_read, TABLE.strip().splitlines()[1:])}
 
 
+def is_slice(kind: str) -> bool:
+    """Whether that is no whole GPU but a slice of one: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"."""
+    return " mig " in f"{kind.lower()} "
+
+
 def of_kind(kind: str) -> Chip | None:
     """The chip whose `device_kind` this is, if we know it."""
-    return next((chip for chip in CHIPS.values() if kind.lower().startswith(chip.kinds)), None)
+    name = kind.lower().removeprefix("nvidia ")
+    known = (chip for chip in CHIPS.values() if name.startswith(chip.kinds))
+    return None if is_slice(kind) else next(known, None)
 
 
 def has_fp8(device) -> bool:

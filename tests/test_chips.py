@@ -35,6 +35,33 @@ def test_who_multiplies_8_bit_floats(kind, capability, has):
     assert chips.has_fp8(device(kind, compute_capability=capability)) == has
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-SXM-64GB", ""),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", ""),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""),
+        ("NVIDIA H100 64GB HBM2", ""),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", ""),
+        ("cpu", ""),
+    ],
+)
+def test_a_device_is_the_chip_of_its_name_and_memory(kind, name):
+    assert chips.of_kind(kind) == chips.CHIPS.get(name)
+
+
 def recipe():
     c = tiny.get_config()
     c.model.update(vocabulary=256, quantize="fp8")

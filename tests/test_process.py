@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.host import hardware, hugepages, process
+from jaxlm.host import gpu_memory, hardware, hugepages, process
 
 ALL = ":".join(f"{name}={value}" for name, value in hugepages.TUNABLES.items())
 
@@ -249,6 +249,30 @@ def test_libtpu_without_a_tpu_is_not_started(monkeypatch, here, wanted):
     monkeypatch.setattr(hardware, "nvidia_gpu", lambda: "gpu" if "gpu" in here else "")
     hardware.avoid_absent_tpu()
     assert os.environ.get("JAX_PLATFORMS") == wanted
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "wanted"),
+    [
+        ("NVIDIA H100", {}, ".94"),
+        ("", {}, None),
+        ("NVIDIA H100", {gpu_memory.VARIABLE: ".5"}, ".5"),
+        ("NVIDIA H100", {gpu_memory.OLD: ".5"}, None),  # JAX refuses both together
+    ],
+)
+def test_commands_ask_for_most_of_a_gpus_memory(monkeypatch, gpu, given, wanted):
+    monkeypatch.setattr(hardware, "nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(os, "environ", dict(given))
+    gpu_memory.use()
+    found = os.environ.get(gpu_memory.VARIABLE)
+    assert found == wanted or float(found) == float(wanted)
+    assert gpu_memory.share() == (0.5 if given else 0.94)
+
+
+def test_a_share_that_is_no_number_is_told(monkeypatch):
+    monkeypatch.setenv(gpu_memory.VARIABLE, "most")
+    with pytest.raises(ValueError, match=r"XLA_CLIENT_MEM_FRACTION='most' must be a share"):
+        gpu_memory.share()
 
 
 def test_cache_dir(monkeypatch):

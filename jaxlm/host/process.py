@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from jaxlm.host import cluster, flags, hardware, hugepages
+from jaxlm.host import cluster, flags, gpu_memory, hardware, hugepages
 from jaxlm.host.fellows import CRASHED
 from jaxlm.host.hardware import unused_accelerator
 
@@ -73,7 +73,7 @@ def _terminate(number, frame):
 
 
 def start(name: str) -> None:
-    """Prepares this process, if `name` is "__main__": huge pages, quiet libraries, caches."""
+    """Prepares this process, if `name` is "__main__": memory, quiet libraries, caches."""
     if name != "__main__":
         return
     _flush()
@@ -83,6 +83,7 @@ def start(name: str) -> None:
         _quiet()
     os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # tracebacks go to a file: whole ones
     hardware.avoid_absent_tpu()
+    gpu_memory.use()
     notes.extend(flags.use(cache_dir() / "flags"))
     _keep_compiled_programs()
 

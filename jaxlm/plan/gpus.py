@@ -14,6 +14,7 @@ from jaxlm.chips import Chip
 # Capability, multiprocessors, float32 units and shared memory of each, L2 cache, clock, name.
 TABLE = """
 # name     capability  cores  units  shared kB  L2 MB  GHz    description
+a100-40    8.0         108    64     164        40     1.41   NVIDIA A100-SXM4-40GB
 a100       8.0         108    64     164        40     1.41   NVIDIA A100-SXM4-80GB
 h100-pcie  9.0         114    128    228        50     1.755  NVIDIA H100 PCIe
 h100       9.0         132    128    228        50     1.98   NVIDIA H100 80GB HBM3

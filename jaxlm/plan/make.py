@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
     @property
     def capacity(self) -> float:
-        return self.compiled.has or self.topology.chip.memory_bytes
+        return self.compiled.has or self.topology.capacity
 
     @property
     def fits(self) -> bool:

@@ -17,6 +17,7 @@ from jaxlm.chips import Chip
 from jaxlm.models.options import experts_fit
 from jaxlm.plan import make, memory, reckon
 from jaxlm.plan.roofline import REACHED, Times
+from jaxlm.plan.topology import capacity
 from jaxlm.specs import Run
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -46,7 +47,7 @@ def _point(one: Run, chip: Chip, devices: int, needed: float, computed: float) -
     fitting = [
         sizes
         for sizes in _meshes(devices, chip)
-        if experts_fit(run.model, sizes) and held(run, sizes) <= ROOM * chip.memory_bytes
+        if experts_fit(run.model, sizes) and held(run, sizes) <= ROOM * capacity(chip)
     ]
     meshes = fitting or [_mesh(devices, devices, 1)]
     times = [_times(run, chip, sizes, computed) for sizes in meshes]

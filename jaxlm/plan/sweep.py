@@ -89,7 +89,7 @@ def rank(recipe: Run, topology: Topology) -> list[Choice]:
             )
             kernel = make.has_kernel(other, topology)
             held = memory.reckon(other, kernel).total
-            if held > ROOM * topology.chip.memory_bytes:
+            if held > ROOM * topology.capacity:
                 continue
             if remat not in flops:
                 flops[remat] = make.step_flops(other, kernel)[1]

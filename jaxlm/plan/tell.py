@@ -2,6 +2,7 @@
 
 import jax
 
+from jaxlm.host import gpu_memory
 from jaxlm.plan import knobs, reckon, scaling
 from jaxlm.plan.collectives import by_kind_and_axes
 from jaxlm.plan.make import Plan
@@ -63,6 +64,11 @@ def memory_of(console, plan: Plan) -> None:
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
     needs, has = plan.peak_bytes / GIB, plan.capacity / GIB
     console.say(f"  in all {needs:.2f} of {has:.2f}, {needs / has:.0%}: {verdict}")
+    if plan.topology.measured:
+        console.say("  what there is, as JAX tells it of the device")
+    elif plan.topology.platform == "gpu":
+        share = f"{gpu_memory.share():.0%}"
+        console.say(f"  what there is: JAX takes {share} of a GPU ({gpu_memory.VARIABLE})")
 
 
 def flops(console, plan: Plan) -> None:

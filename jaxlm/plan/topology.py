@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import jax
 
-from jaxlm.chips import CHIPS, Chip, of_kind
+from jaxlm.chips import CHIPS, Chip, is_slice, of_kind
 from jaxlm.flops import matmul_peak
 from jaxlm.host import flags as compiler_flags
-from jaxlm.host import process
+from jaxlm.host import gpu_memory, process
 from jaxlm.plan import gpus
 
 # The shapes that each TPU is rented in and that its compiler knows, for messages.
@@ -38,10 +38,16 @@ class Topology(NamedTuple):
     grid: tuple[int, ...]  # chips along each dimension of a TPU slice's torus
     slices: int = 1
     compiled_for_it: bool = True  # else: a stand-in was compiled, and memory is reckoned
+    measured: float = 0.0  # bytes of one device for programs, as it says itself; 0: it is not here
 
     @property
     def platform(self) -> str:
         return self.chip.platform
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of one device that programs may take."""
+        return self.measured or capacity(self.chip)
 
 
 def names() -> list[str]:
@@ -108,6 +114,11 @@ def chip_of(name: str) -> Chip:
     return CHIPS[chip]
 
 
+def capacity(chip: Chip) -> float:
+    """Bytes of a chip that is not here that programs may take: of a GPU, what JAX asks for."""
+    return chip.memory_bytes * (gpu_memory.share() if chip.platform == "gpu" else 1.0)
+
+
 def _unknown(name):
     near = difflib.get_close_matches(name, names(), 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
@@ -171,13 +182,20 @@ def _gpus_here():
         raise ValueError(
             "--topology=gpu, but JAX finds no GPU here; name one that is elsewhere, such as h100:8"
         )
-    chip = of_kind(devices[0].device_kind)
+    kind = devices[0].device_kind
+    if is_slice(kind):
+        raise ValueError(
+            f"--topology=gpu: {kind} is a slice of a GPU, for which no speeds are published; train "
+            "and watch the log's peak_fraction, or plan for whole GPUs, such as h100:8"
+        )
+    chip = of_kind(kind)
     if chip is None:
         raise ValueError(
-            f"--topology=gpu: {devices[0].device_kind} is not in the table of jaxlm/chips.py; "
-            "add its data sheet there"
+            f"--topology=gpu: {kind} is not in the table of jaxlm/chips.py; add its data sheet "
+            "there"
         )
-    return Topology(f"{chip.name}:{len(devices)}", chip, devices, ())
+    measured = (devices[0].memory_stats() or {}).get("bytes_limit", 0.0)
+    return Topology(f"{chip.name}:{len(devices)}", chip, devices, (), measured=measured)
 
 
 def _cpu(devices: int) -> Chip:

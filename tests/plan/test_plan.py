@@ -17,10 +17,10 @@ from jax.experimental import topologies
 from jaxlm.build import build
 from jaxlm.chips import CHIPS
 from jaxlm.config import check
-from jaxlm.host import process
-from jaxlm.plan import gpus, hlo, knobs, make, memory, reckon, roofline, sweep, topology
+from jaxlm.host import gpu_memory, process
+from jaxlm.plan import gpus, hlo, knobs, make, memory, reckon, roofline, sweep, tell, topology
 from jaxlm.plan.collectives import Collective, by_kind_and_axes
-from jaxlm.plan.program import compile_step
+from jaxlm.plan.program import Compiled, compile_step
 from jaxlm.plan.traffic import Traffic, traffic
 
 MEASURE = pathlib.Path(__file__).with_name("measure.py")
@@ -277,6 +277,48 @@ def test_times_by_hand():
 def test_wrong_topologies_are_told_in_a_sentence(name, slices, said):
     with pytest.raises(ValueError, match=said):
         topology.resolve(name, slices)
+
+
+def present(kind, **stats):
+    device = types.SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: stats)
+    return lambda *_: [device] * 2
+
+
+def test_memory_is_what_jax_may_take(monkeypatch):
+    """Of a GPU elsewhere the share that our commands ask for; of one that is here, what it says."""
+    for name in (gpu_memory.VARIABLE, gpu_memory.OLD):
+        monkeypatch.delenv(name, raising=False)
+    elsewhere = topology.Topology("h100:8", CHIPS["h100"], [], ())
+    assert elsewhere.capacity == pytest.approx(0.94 * 84e9)
+    monkeypatch.setenv(gpu_memory.VARIABLE, ".5")
+    assert elsewhere.capacity == 42e9
+    assert topology.Topology("v5e:4x4", CHIPS["v5e"], [], (4, 4)).capacity == 2**34
+    monkeypatch.setattr(jax, "devices", present("NVIDIA H100 80GB HBM3", bytes_limit=7e10))
+    assert topology.resolve("gpu").capacity == 7e10
+    monkeypatch.setattr(jax, "devices", present("NVIDIA H100 80GB HBM3"))
+    assert topology.resolve("gpu").capacity == 42e9
+
+
+def test_a_slice_of_a_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jax, "devices", present("NVIDIA H100 80GB HBM3 MIG 1g.10gb"))
+    with pytest.raises(ValueError, match=r"MIG 1g.10gb is a slice of a GPU.*h100:8"):
+        topology.resolve("gpu")
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"), [(0.0, r"JAX takes 94% of a GPU"), (5e9, "tells it")]
+)
+def test_a_plan_says_whose_memory_it_holds_the_program_against(monkeypatch, here, measured, said):
+    for name in (gpu_memory.VARIABLE, gpu_memory.OLD):
+        monkeypatch.delenv(name, raising=False)
+    built = build(run(), 256, jax.devices())
+    node = here._replace(chip=CHIPS["h100"], measured=measured, compiled_for_it=False)
+    empty = Compiled(0.0, hlo.parse(CUBLAS), [])
+    made = make.Plan(built, node, empty, memory.reckon(built), 1, 1.0, None)
+    assert made.capacity == (measured or 0.94 * 84e9)
+    lines = []
+    tell.memory_of(types.SimpleNamespace(say=lines.append, table=lambda *_: None), made)
+    assert said in lines[-1]
 
 
 def test_without_the_compiler_of_a_tpu_the_remedy_is_told(monkeypatch):
