@@ -45,6 +45,13 @@ from jaxlm.profile import Profile
 from jaxlm.specs import Run
 from jaxlm.step import written_extras
 
+AGAIN = "the same command goes on from the last checkpoint, where there is one"
+ROOM = (
+    "`python -m jaxlm.plan` with the same --config flags and --topology=gpu (or v5e:4x4, cpu:8, "
+    "...) tells what takes how much of it, and which knobs save most: --config.accumulate, "
+    "--config.model.remat=full, --config.model.loss_chunk, --config.optimizer.offload=True, or "
+    "more devices along --config.mesh.fsdp"
+)
 PHASES = 6
 EXIT = {"Ctrl-C": 130, "SIGTERM": 143}
 
@@ -417,4 +424,4 @@ def _work(run: Run, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    process.run(main, "the same command goes on from the last checkpoint, where there is one")
+    process.run(main, AGAIN, ROOM)

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxlm.host import gpu_memory, hardware, hugepages, process
+from jaxlm.host import exhausted, gpu_memory, hardware, hugepages, process
 
 ALL = ":".join(f"{name}={value}" for name, value in hugepages.TUNABLES.items())
 
@@ -172,6 +174,57 @@ def test_a_crash_is_one_line_and_a_file(program, tmp_path, what, text):
     assert child.err.endswith(f"the full traceback is in {file}\n")
     assert "Traceback (most recent call last)" in file.read_text()
     assert f"-m program {shlex.quote(what)}\n" in file.read_text()
+
+
+class JaxRuntimeError(Exception):
+    """By this name it is known."""
+
+
+TOO_LARGE = "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12884901888 bytes.", None),
+        ("INTERNAL: Error dispatching computation: Out of memory allocating 1 bytes.", None),
+        ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 4G.", None),
+        (f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. {TOO_LARGE}", (20.5, 15.75)),
+    ],
+)
+def test_running_out_of_a_devices_memory_is_for_the_user_to_mend(words, sizes, capsys):
+    error = JaxRuntimeError(f"{words}\nand a table")
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        process.run(main, room="take less")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == f"error: a device's memory is too small for this ({words}); take less\n"
+    found = exhausted.sizes(error)
+    assert (found and tuple(size / 2**30 for size in found)) == sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JaxRuntimeError("RESOURCE_EXHAUSTED: received message is larger than the maximum"),
+        JaxRuntimeError("INTERNAL: a kernel failed"),
+        JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_other_ends_are_not_for_lack_of_memory(error):
+    assert not exhausted.ran_out(error)
+    assert exhausted.sizes(error) is None
+
+
+def test_xla_says_it_in_these_words():
+    with pytest.raises(jax.errors.JaxRuntimeError) as failed:
+        jnp.zeros(2**50)
+    assert exhausted.ran_out(failed.value)
 
 
 def test_a_crash_goes_to_the_work_folder_once_it_is_known(tmp_path, monkeypatch, capsys):

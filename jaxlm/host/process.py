@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from jaxlm.host import cluster, flags, gpu_memory, hardware, hugepages
+from jaxlm.host import cluster, exhausted, flags, gpu_memory, hardware, hugepages
 from jaxlm.host.fellows import CRASHED
 from jaxlm.host.hardware import unused_accelerator
 
@@ -58,6 +58,7 @@ QUIET = {
 }
 
 AGAIN = "the same command starts from the beginning"
+ROOM = "take less at a time, or more devices"
 
 notes: list[str] = []  # what `start` could not do, for the console to warn of
 _crashes: list[Path] = []  # where to write the traceback of a crash
@@ -88,14 +89,16 @@ def start(name: str) -> None:
     _keep_compiled_programs()
 
 
-def run(main: Callable[[], int | None], again: str = AGAIN) -> NoReturn:
+def run(main: Callable[[], int | None], again: str = AGAIN, room: str = ROOM) -> NoReturn:
     """Calls `main` and exits with its code; whatever it raises becomes one line and a code.
 
-    `again`: what the same command does after Ctrl-C or SIGTERM.
+    `again`: what the same command does after Ctrl-C or SIGTERM. `room`: what helps where it takes
+    more than a device's memory.
 
     A `ValueError` that our own code raises is the user's to mend, and so is a full or read-only
-    disk: code 1, nothing that another start would cure. Any other exception is a bug, or a machine
-    that failed: its traceback goes to `crash-<time>.log`, which is named.
+    disk, or a device whose memory is too small: code 1, nothing that another start would cure. Any
+    other exception is a bug, or a machine that failed: its traceback goes to `crash-<time>.log`,
+    which is named.
     """
     _loading.set()
     failed = True
@@ -115,6 +118,8 @@ def run(main: Callable[[], int | None], again: str = AGAIN) -> NoReturn:
             code = 128 + signal.SIGPIPE  # `... | head`: nobody is left to talk to
         elif _is_for_users(error):
             code = _last_words(f"error: {_sentence(error)}", getattr(error, "code", 1))
+        elif exhausted.ran_out(error):
+            code = _last_words(f"error: {exhausted.sentence(error, room)}", 1)
         else:
             cluster.suspect()
             said = str(error).strip().split("\n")[0][:300]

@@ -4,7 +4,6 @@ The program is the one that training builds there: backends and layout follow th
 """
 
 import dataclasses
-import re
 import time
 from typing import NamedTuple
 
@@ -12,20 +11,15 @@ import jax
 
 from jaxlm import chips
 from jaxlm.build import Built, build
+from jaxlm.host import exhausted
 from jaxlm.plan import hlo
 from jaxlm.plan.collectives import Collective, collectives
 from jaxlm.plan.topology import Topology, quiet
 from jaxlm.specs import Run
 
-# "... Used 20.15G of 15.75G hbm" of the TPU's compiler, or "... temporaries (101.71G) exceeds
-# available HBM (95.74G)"; a GPU's runs out only when it runs.
-TOO_LARGE = re.compile(
-    r"(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
-)
 STAND_IN: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0"
 }  # nobody will run its code
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Compiled(NamedTuple):
@@ -66,13 +60,10 @@ def compile_step(built: Built, topology: Topology) -> Compiled:
         try:
             compiled = lowered.compile(None if topology.compiled_for_it else STAND_IN)
         except jax.errors.JaxRuntimeError as error:
-            sizes = TOO_LARGE.search(str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or sizes is None:
+            sizes = exhausted.sizes(error)  # a GPU's and a CPU's program runs out when it runs
+            if sizes is None:
                 raise
-            used, has = (
-                float(n) * UNITS[unit] for n, unit in (sizes.group(1, 2), sizes.group(3, 4))
-            )
-            return Compiled(time.monotonic() - began, None, [], needs=used, has=has)
+            return Compiled(time.monotonic() - began, None, [], needs=sizes.needs, has=sizes.has)
     program = hlo.parse(compiled.as_text() or "")
     found = collectives(program, dict(built.mesh.shape), stand_in=not topology.compiled_for_it)
     memory = compiled.memory_analysis()
