@@ -18,7 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import columns, commandline, folder, report, sharding, stored, summary, tasks, together
+from jaxlm import (
+    columns,
+    commandline,
+    folder,
+    report,
+    restarts,
+    sharding,
+    stored,
+    summary,
+    tasks,
+    together,
+)
 from jaxlm.build import (
     Built,
     build,
@@ -407,7 +418,8 @@ def main() -> int:
             return train(run, console, dry_run=True)
         with folder.claim(run):
             together.require_one_workdir(run)
-            return _work(run, console)
+            with restarts.counted(run):
+                return _work(run, console)
 
 
 def _work(run: Run, console: Console) -> int:

@@ -107,7 +107,8 @@ def cluster(tmp_path, monkeypatch):
     """A folder with programs that stand for SLURM's: they write down how they were called."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    put(programs / "srun", 'printf "%s\\n" "$@" > "$FAKE/srun"; exit "$CODE"')
+    call = 'printf "%s\\n" "$@" > "$FAKE/srun"; echo "restarts: $JAXLM_RESTARTS"; exit "$CODE"'
+    put(programs / "srun", call)
     put(programs / "scontrol", 'printf "%s\\n" "$@" > "$FAKE/scontrol"')
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(tmp_path))
@@ -148,6 +149,7 @@ def test_it_starts_again_but_for_what_must_be_mended(
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True)
     assert done.returncode == code
     assert (cluster / "scontrol").exists() == again
+    assert f"restarts: {count}\n" in done.stdout  # jaxlm is told
     if again:
         assert (cluster / "scontrol").read_text().split() == ["requeue", "42"]
         assert f"start {count + 2} follows" in done.stdout
@@ -242,6 +244,9 @@ def test_gpu_pods_are_told_where_process_0_is(capsys):
     assert env["JAX_COORDINATOR_ADDRESS"] == f"{host}:8476"
     assert env["JAX_NUM_PROCESSES"] == "4"
     assert "JAX_PROCESS_ID" in env
+    attempt = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+    told = {e["name"]: e.get("valueFrom") for e in pod["containers"][0]["env"]}
+    assert told["JAXLM_RESTARTS"] == {"fieldRef": {"fieldPath": attempt}}
     alone = _manifest(dry(gke, ["--gpu=nvidia-l4", "--image=i"], capsys))
     assert "JAX_" not in json.dumps(alone)
 
@@ -360,9 +365,10 @@ def test_a_preempted_slice_is_asked_for_anew(cloud, capfd):
 def test_only_what_another_start_may_mend_is_started_again(cloud, capfd, code, starts):
     (cloud / "was-preempted").touch()
     options = [*VM, f"--name=test-{os.getpid()}", "--restarts=2", "--", "bash", "-c"]
-    assert tpu_vm.main([*options, f"echo started; exit {code}"]) == code
+    assert tpu_vm.main([*options, f'echo "restarts: $JAXLM_RESTARTS"; exit {code}']) == code
     said = capfd.readouterr().out
-    assert said.count("started\n") == starts
+    told = [line for line in said.splitlines() if line.startswith("restarts")]
+    assert told == ["restarts: ", "restarts: 1", "restarts: 2"][:starts]
     assert "to give the slices back: gcloud compute tpus queued-resources delete" in said
 
 

@@ -67,7 +67,8 @@ def jobset(p: options.Parser, o, command: list[str]) -> dict:
     jobs, pods = (o.slices, o.topology.hosts) if o.topology else (1, o.nodes)
     container = {"name": WORKER, "image": o.image, "command": command}
     pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": o.grace}
-    env = [{"name": n, "value": v} for n, v in options.environment(p, o.env).items()]
+    env = [_annotation("JAXLM_RESTARTS", "jobset.sigs.k8s.io/restart-attempt")]
+    env += [{"name": n, "value": v} for n, v in options.environment(p, o.env).items()]
     volumes, mounts = [], []
     if o.topology:
         chips = str(min(o.topology.chips, tpus.HOST_CHIPS))
@@ -94,7 +95,7 @@ def jobset(p: options.Parser, o, command: list[str]) -> dict:
         pod["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
     if o.service_account:
         pod["serviceAccountName"] = o.service_account
-    container |= ({"env": env} if env else {}) | ({"volumeMounts": mounts} if mounts else {})
+    container |= {"env": env} | ({"volumeMounts": mounts} if mounts else {})
     pod |= {"containers": [container]} | ({"volumes": volumes} if volumes else {})
     mend = {"containerName": WORKER, "operator": "In", "values": list(options.MEND)}
     job = {
@@ -133,8 +134,13 @@ def _coordinator(name, pods):
     """What the pods of a GPU job must be told; JobSet gives pod 0 this host name."""
     yield {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-{WORKER}-0-0.{name}:{PORT}"}
     yield {"name": "JAX_NUM_PROCESSES", "value": str(pods)}
-    path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    yield {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": path}}}
+    yield _annotation("JAX_PROCESS_ID", "batch.kubernetes.io/job-completion-index")
+
+
+def _annotation(name, key):
+    """A variable that tells a pod what it is annotated with."""
+    path = f"metadata.annotations['{key}']"
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def xpk(p: options.Parser, o, command: list[str]) -> list[str]:

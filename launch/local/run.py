@@ -37,9 +37,8 @@ def main() -> int:
     if flags.processes < 1 or not flags.command:
         parser.error("at least one process, and a command")
     for start in range(flags.restarts + 1):
-        places = [
-            environment(flags, i, port) for port in [free_port()] for i in range(flags.processes)
-        ]
+        port = free_port()
+        places = [environment(flags, i, port, start) for i in range(flags.processes)]
         if flags.dry_run:
             for place in places:
                 set_ = " ".join(f"{name}={shlex.quote(value)}" for name, value in place.items())
@@ -57,12 +56,14 @@ def main() -> int:
     return code
 
 
-def environment(flags, index: int, port: int) -> dict[str, str]:
+def environment(flags, index: int, port: int, restarts: int) -> dict[str, str]:
     found = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(flags.processes),
         "JAX_PROCESS_ID": str(index),
     }
+    if restarts:
+        found["JAXLM_RESTARTS"] = str(restarts)  # jaxlm ends a run that gets no further
     if flags.devices and os.path.exists("/dev/nvidia0"):
         mine = range(index * flags.devices, (index + 1) * flags.devices)
         found["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, mine))

@@ -20,6 +20,7 @@ TEMPLATE = """\
 
 set -u
 cd {folder} || exit 2
+export JAXLM_RESTARTS="${{SLURM_RESTART_COUNT:-0}}"
 {environment}
 # No --kill-on-bad-exit and no --wait: when one process ends early, the others still save or end
 # by themselves, and a task killed meanwhile would lose what it writes.
@@ -27,7 +28,7 @@ srun --kill-on-bad-exit=0 --wait=0{srun} \\
   {command}
 code=$?
 
-restarts=${{SLURM_RESTART_COUNT:-0}}
+restarts=$JAXLM_RESTARTS
 case "$code" in
   0) exit 0 ;;
   1 | 2) echo "launch: ended with code $code: to be mended, so not started again" ;;

@@ -77,10 +77,12 @@ class Slices:
         return [*words, f"--command={script}", *self.where]
 
 
-def remote(p: options.Parser, o, command: list[str]) -> str:
+def remote(p: options.Parser, o, command: list[str], restarts: int = 0) -> str:
     """What runs on each worker: the command, after an earlier one that a broken line left."""
+    told = {"JAXLM_RESTARTS": str(restarts)} if restarts else {}  # that get no further, jaxlm ends
     env = "".join(
-        f"export {n}={options.line([v])}; " for n, v in options.environment(p, o.env).items()
+        f"export {n}={options.line([v])}; "
+        for n, v in (told | options.environment(p, o.env)).items()
     )
     return (
         f"{stop(o)}; cd {_folder(o)} || exit 2; {env}{options.line(command)} & "
@@ -107,7 +109,7 @@ def _folder(o):
 def run(p: options.Parser, o, command: list[str]) -> int:
     """The life of the job; returns its exit code."""
     slices = Slices(o)
-    script, fresh, starts = remote(p, o, command), True, 0
+    fresh, starts = True, 0
     while True:
         state = _ask(slices.state(), o.poll)
         if state in GONE:
@@ -126,7 +128,7 @@ def run(p: options.Parser, o, command: list[str]) -> int:
         fresh = False
         starts += 1
         _say(f"start {starts}")
-        code = _everywhere(slices, script)
+        code = _everywhere(slices, remote(p, o, command, starts - 1))
         if code == 0 or code in options.MEND or starts > o.restarts:
             ended = "finished" if code == 0 else f"ended with code {code}"
             _say(f"{ended} after {starts} start{'s' if starts > 1 else ''}")

@@ -58,8 +58,10 @@ def test_what_starting_again_cannot_mend_is_not_started_again():
 
 
 def test_restarts_come_to_an_end():
-    _, err, code = launch("--processes=1", "--restarts=2", script="exit 75")
+    script = 'echo "restarts: $JAXLM_RESTARTS"; exit 75'
+    out, err, code = launch("--processes=1", "--restarts=2", script=script)
     assert code == 75
+    assert out.splitlines() == ["restarts: ", "restarts: 1", "restarts: 2"]
     assert err.count("starting all of them again") == 2
 
 
