@@ -23,6 +23,7 @@ from jaxlm.figures import losses, wanted_figures
 from jaxlm.hf import folder as hf
 from jaxlm.hf.family import canonical
 from jaxlm.hf.load import load as load_hf
+from jaxlm.models.options import anywhere
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
 from jaxlm.optim.state import state_axes, state_shardings
@@ -281,13 +282,7 @@ def build(run: Run, vocabulary: int, devices=None) -> Built:
     found = {name: look(other.model) for name, other in others.items() if other.model}
     for name, model_there in found.items():
         _refuse_unlike(name, model_there, run, vocabulary)
-    fit = lambda options: dataclasses.replace(
-        options,
-        attention="auto",
-        scan_layers="auto",
-        loss_chunk=model.loss_chunk,
-        experts_over="",
-    )
+    fit = lambda options: dataclasses.replace(anywhere(options), loss_chunk=model.loss_chunk)
     made = lambda packed: {n: make(fit(f.options), packed=packed) for n, f in found.items()}
     lm = make(model, packed=packed)._replace(others=made(packed))
     run = dataclasses.replace(run, model=model)

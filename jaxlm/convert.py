@@ -44,7 +44,7 @@ from jaxlm.hf.family import whole
 from jaxlm.hf.kept import Kept
 from jaxlm.hf.load import stream
 from jaxlm.host import cluster
-from jaxlm.models.options import DTYPES, DecoderConfig
+from jaxlm.models.options import DTYPES, DecoderConfig, anywhere
 from jaxlm.models.transformer import decoder
 
 PART = 2**29  # bytes of arrays written at one time
@@ -189,7 +189,7 @@ def _model(source: Path) -> Kept:
 
 def _shapes(options: DecoderConfig):
     """Shapes of the params, one array a layer."""
-    plain = dataclasses.replace(options, scan_layers="off", attention="auto")
+    plain = dataclasses.replace(anywhere(options), scan_layers="off")
     return jax.eval_shape(decoder(plain, "cpu").init, jax.random.key(0))
 
 

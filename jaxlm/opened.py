@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import sharding, stored
-from jaxlm.build import build
+from jaxlm import chips, sharding, stored
 from jaxlm.contract import LM
 from jaxlm.data import chat
 from jaxlm.data import tokenizer as tokenizers
@@ -25,13 +24,10 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.hf import folder as hf
 from jaxlm.hf import kept
 from jaxlm.host import cluster
-from jaxlm.models.options import DecoderConfig, resolve
+from jaxlm.models.options import DecoderConfig, anywhere, resolve
 from jaxlm.models.proof import require_right
 from jaxlm.models.transformer import decoder
-from jaxlm.optim.build import OptimizerSpec
 from jaxlm.sharding import MeshSpec
-from jaxlm.specs import Run
-from jaxlm.stored import Stored
 
 SHARE = 0.7  # of a device's memory that params may take; the rest is for caches and logits
 
@@ -53,7 +49,6 @@ def open_model(
     path: str | Path,
     *,
     step: int | None = None,
-    mesh: MeshSpec | None = None,
     devices: list | int = 0,
     which: str = "",
     say: Callable[[str], None] = print,
@@ -65,28 +60,38 @@ def open_model(
     `which`: an extra of a run in the place of its params, such as their average "ema". `say` is
     called with a sentence about each checkpoint that is skipped. Raises `ValueError` for people.
     """
-    spec, found = mesh or MeshSpec(), stored.look(path)
+    spec, found = MeshSpec(), stored.look(path)
     if isinstance(devices, int) and cluster.several():
         devices = jax.devices()
     elif isinstance(devices, int):
-        devices, layout = placed(found.options, jax.devices(), devices)
-        spec = mesh or layout
-    if found.run:
-        return _run(found, found.run, step, spec, devices, say, which)
-    if which:
+        devices, spec = placed(found.options, jax.devices(), devices)
+    if which and not found.run:
         raise ValueError(
             f"--params={which}: {found.folder} holds one model and nothing beside it; averages and "
             "references lie in the work folders of runs"
         )
-    if found.source:
-        if step is not None:
-            raise ValueError(
-                f"--step={step}: {found.folder} is a Hugging Face folder, which holds one model "
-                "and no steps"
-            )
-        for note in found.notes:
-            say(f"Note: {note}.")
-    return _model(found, step, spec, devices, say)
+    if found.source and step is not None:
+        raise ValueError(
+            f"--step={step}: {found.folder} is a Hugging Face folder, which holds one model "
+            "and no steps"
+        )
+    for note in found.notes:
+        say(f"Note: {note}.")
+    model = fitting(found.options, devices[0], say)
+    tokenizer = tokenizers.load(found.tokenizer)
+    hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
+    # Beyond a table of positions there is no row to look up.
+    length = min(found.length, model.learned_positions or found.length)
+    with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
+        require_right(model, mesh)
+        lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
+        # What the mesh does not divide lies whole on each device: refused in training alone.
+        params = found.load(sharding.abstract_params(lm, mesh), step=step, say=say, which=which)
+    ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
+    if found.run and found.run.data.structured:  # the template's, which ended each answer
+        ends |= chat.stops(tokenizer, found.tokenizer)
+    where = found.tokenizer.absolute()
+    return Opened(lm, params, tokenizer, model, mesh, length, where, ends)
 
 
 def placed(options: DecoderConfig, devices: list, count: int = 0) -> tuple[list, MeshSpec]:
@@ -97,7 +102,7 @@ def placed(options: DecoderConfig, devices: list, count: int = 0) -> tuple[list,
     """
     if count > len(devices):
         raise ValueError(f"--devices={count}: this machine has {len(devices)}")
-    model = resolve(dataclasses.replace(options, attention="xla"), "cpu")
+    model = resolve(anywhere(options), "cpu")
     if not count:
         memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
         shapes = jax.eval_shape(decoder(model, "cpu").init, jax.random.key(0))
@@ -108,45 +113,14 @@ def placed(options: DecoderConfig, devices: list, count: int = 0) -> tuple[list,
     return devices[:count], MeshSpec(tensor=tensor)
 
 
-def _model(found: Stored, step, spec, devices, say):
-    """Of options alone."""
-    model = _in_slices(found.options)
-    tokenizer = tokenizers.load(found.tokenizer)
-    hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
-    # Beyond a table of positions there is no row to look up.
-    length = min(found.length, model.learned_positions or found.length)
-    with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
-        require_right(model, mesh)
-        lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
-        params = found.load(sharding.abstract_params(lm, mesh), step=step, say=say)
-    ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
-    where = found.tokenizer.absolute()
-    return Opened(lm, params, tokenizer, model, mesh, length, where, ends)
-
-
-def _run(found: Stored, run: Run, step, spec, devices, say, which):
-    """Of the work folder of a run."""
-    tokenizer = tokenizers.load(found.tokenizer)
-    ways = sharding.rows_divide_by(mesh := sharding.make_mesh(spec, devices))
-    alone = {name: e for name, e in run.method.extras.items() if not e.model}  # teachers stay away
-    method = dataclasses.replace(run.method, extras=alone, columns={})
-    # Nothing is trained: whichever optimizer it had, by the keys of whichever version.
-    run = dataclasses.replace(
-        run, mesh=spec, batch=ways, accumulate=1, method=method, optimizer=OptimizerSpec()
-    )
-    run = dataclasses.replace(run, model=_in_slices(run.model))
-    with jax.set_mesh(mesh):
-        built = build(run, tokenizer.vocabulary_size, devices)
-        require_right(built.apart, mesh)
-        params = found.load(built.abstract_model, step=step, say=say, which=which)
-    ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
-    if run.data.structured:  # the template's, which ended each answer in training
-        ends |= chat.stops(tokenizer, found.tokenizer)
-    where = found.tokenizer.absolute()
-    return Opened(built.scorer, params, tokenizer, built.apart, mesh, found.length, where, ends)
-
-
-def _in_slices(model: DecoderConfig) -> DecoderConfig:
-    """With a slice of every expert on each device, wherever it was trained: for the few tokens that
-    are generated at a time nobody then waits for the device of an expert that all of them chose."""
-    return dataclasses.replace(model, experts_over="")
+def fitting(options: DecoderConfig, device, say: Callable[[str], None]) -> DecoderConfig:
+    """The model as it is run on devices like this one, whatever it was trained on."""
+    model = anywhere(options)
+    # A CPU, slow at it, stands in for tests.
+    if model.quantize == "fp8" and device.platform != "cpu" and not chips.has_fp8(device):
+        say(
+            f"Note: its products were rounded to 8-bit floats in training, which a "
+            f"{device.device_kind} does not multiply; here they are not rounded."
+        )
+        model = dataclasses.replace(model, quantize="off")
+    return model

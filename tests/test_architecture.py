@@ -62,10 +62,7 @@ MAY_IMPORT = {
         *("chips", "config", "contract", "sharding", "checkpoint", "params", "hf", "models"),
         *("optim", "step", "flops", "stored", "data.tokenizer", "figures", "specs"),
     },
-    "opened": {
-        *("build", "config", "contract", "data", "hf", "host", "models", "optim", "sharding"),
-        *("specs", "stored"),
-    },
+    "opened": {"chips", "contract", "data", "hf", "host", "models", "sharding", "stored"},
     "journal": {"host", "metrics"},
     "folder": {"config", "checkpoint", "models", "host", "data", "hf", "specs"},
     "together": {"config", "data", "folder", "host", "specs"},

@@ -172,6 +172,18 @@ def resolve(
     return resolved
 
 
+def anywhere(config: DecoderConfig) -> DecoderConfig:
+    """The same model for whatever devices it is opened on, where it is read and not trained.
+
+    What was chosen for the machine that trained it (a kernel of attention, how layers lie, what the
+    backward pass stores) is open again. Experts lie in slices: for the few tokens that are
+    generated at a time nobody then waits for the device of one that all of them chose.
+    """
+    return dataclasses.replace(
+        config, attention="auto", scan_layers="auto", remat="none", experts_over=""
+    )
+
+
 def experts_fit(config: DecoderConfig, sizes: Mapping[str, int]) -> bool:
     """Whether a mesh of these sizes can split the experts as `config.experts_over` says."""
     return not config.experts_over or config.experts % sizes[config.experts_over] == 0
