@@ -16,6 +16,7 @@ import optax
 
 from jaxlm import chips, flops, sharding
 from jaxlm.checkpoint.digest import named
+from jaxlm.checkpoint.stacks import of_layers
 from jaxlm.contract import BASE, LM, TrainState, bound, whole
 from jaxlm.data.tokenizer import Tokenizer, same_ids
 from jaxlm.data.tokenizer import load as load_tokenizer
@@ -27,7 +28,7 @@ from jaxlm.models.options import anywhere
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
 from jaxlm.optim.state import state_axes, state_shardings
-from jaxlm.params import Hold, Kept, of_layers
+from jaxlm.params import Hold, Kept
 from jaxlm.params import load as load_params
 from jaxlm.specs import Run
 from jaxlm.step import init_state, make_between, make_score, make_step

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.digest import named
-from jaxlm.params import of_layers, places
+from jaxlm.checkpoint.stacks import of_layers, places
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15, 0xF39CC060, 0x5CEDC834)
 OF_SIZE = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

@@ -1,7 +1,5 @@
-"""Params in the form that a model has them: layers stacked or not, any dtype, any layout.
-
-A stack is an array under `blocks` with a leading layer axis (`models.transformer`). The path of one
-layer's array, stacked or not, is written "blocks/<layer>/...".
+"""Params in the form that a model has them: layers stacked or not (`checkpoint.stacks`), any dtype,
+any layout.
 
 Where a checkpoint holds adapters (`models.lora`) its model is the base that the run saved once,
 made whole if it is held in few bits (`models.quantized`), with their products added.
@@ -11,21 +9,19 @@ average, or the reference that they began as.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxlm.models.lora as lora
 import jaxlm.models.quantized as quantized
-from jaxlm.checkpoint import find, storage
+from jaxlm.checkpoint import find, stacks, storage
 from jaxlm.checkpoint.digest import Damaged, named, verify
+from jaxlm.checkpoint.stacks import Shapes, layout_of, of_layers, places
 from jaxlm.contract import BASE
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 Hold = Callable[[Any], Any]
 """Params, or a part of them with its place in the tree, as a run keeps them (the extra `BASE`)."""
@@ -55,9 +51,6 @@ class Held(NamedTuple):
         return {name: arrays[self.prefix + name] for name in structs}
 
 
-AT_ONCE = 2**29  # bytes read from a checkpoint at one time, where its form is another
-
-
 def load(
     path: str | Path,
     abstract: Any,
@@ -84,7 +77,8 @@ def load(
     if not (kept or base or which) and same and there.keys() == wanted.keys():
         return storage.load(folder, {"params": abstract}, "sizes" if checked else how)["params"]
     _verify(folder, checked, how, which)
-    return assembled(abstract, _layers(folder, there, wanted, which), kept)
+    read_here = functools.partial(read, folder, which=which)
+    return assembled(abstract, stacks.layers(read_here, there, wanted), kept)
 
 
 def verified(
@@ -225,54 +219,16 @@ def _base(folder: Path) -> Path | None:
     return base
 
 
-def places(shapes: Shapes) -> dict[str, tuple[str, int | None]]:
-    """Path of each array of one layer -> the array that holds it, and where in its stack.
-
-    The latter is None where layers are not stacked.
-    """
-    found: dict[str, tuple[str, int | None]] = {}
-    for name, leaf in shapes.items():
-        rest = name.removeprefix("blocks/")
-        if rest == name or rest.split("/")[0].isdecimal():
-            found[name] = name, None
-        else:
-            found |= {f"blocks/{i}/{rest}": (name, i) for i in range(leaf.shape[0])}
-    return found
-
-
-def of_layers(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Path of each array of one layer -> its shape."""
-    cut = lambda shape, layer: shape if layer is None else shape[1:]
-    return {path: cut(shapes[name].shape, i) for path, (name, i) in places(shapes).items()}
-
-
 def assembled(
     abstract: Any, arrays: Iterable[tuple[str, jax.Array]], kept: Kept | None = None
 ) -> Any:
-    """A tree like `abstract` of arrays that come by path, one layer's at a time; or as `kept`.
-
-    Stacks are written in place, so that next to the tree there is one array more at most.
-    """
+    """A tree like `abstract` of arrays that come by path, one layer's at a time; or as `kept`."""
     wanted = named(abstract)
-    where = places(wanted)
     if kept:
-        arrays = _held(kept.hold, ((p, x.astype(wanted[where[p][0]].dtype)) for p, x in arrays))
+        where = places(wanted)
+        arrays = _held(kept.hold, ((p, x.astype(wanted[where[p].name].dtype)) for p, x in arrays))
         return assembled(kept.abstract, arrays)
-    done: dict[str, jax.Array] = {}
-    missing = set(where)
-    for path, array in arrays:
-        missing.discard(path)
-        name, layer = where[path]
-        leaf, layout = wanted[name], layout_of(wanted[name])
-        if layer is None:
-            fits = array.dtype == leaf.dtype and array.sharding == layout
-            done[name] = array if fits else _cast(leaf.dtype, layout)(array)
-        else:
-            stack = done.pop(name) if name in done else _zeros(leaf.shape, leaf.dtype, layout)
-            done[name] = _filled(layout)(stack, array, layer)
-        jax.block_until_ready(done[name])
-    if missing:
-        raise ValueError(f"{len(missing)} arrays of the model are lacking, as {min(missing)}")
+    done = stacks.assembled(wanted, arrays)
     return jax.tree.unflatten(jax.tree.structure(abstract), [done[name] for name in wanted])
 
 
@@ -281,50 +237,6 @@ def _held(hold, arrays):
     for path, array in arrays:
         nest = lambda tree, name: {name: tree}
         yield from named(hold(functools.reduce(nest, reversed(path.split("/")), array))).items()
-
-
-def layout_of(leaf: jax.ShapeDtypeStruct, ndim: int = -1) -> jax.sharding.Sharding:
-    """The sharding of an array; with `ndim` that of one layer of it, or of a stack of such."""
-    layout = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    if ndim in (-1, leaf.ndim) or not isinstance(layout, NamedSharding):
-        return layout
-    spec = layout.spec[1:] if ndim < leaf.ndim else (None, *layout.spec)
-    return NamedSharding(layout.mesh, PartitionSpec(*spec))
-
-
-def _layers(folder: Path, there: Shapes, wanted: Shapes, which: str):
-    """Yields (path, array of one layer), some arrays read at a time."""
-    held, needed = places(there), places(wanted)
-    for names in _batches(there, held, needed):
-        structs = {}
-        paths = [path for path in held if held[path][0] in names]
-        for path in paths:
-            saved, leaf = there[held[path][0]], wanted[needed[path][0]]
-            layout = layout_of(leaf, saved.ndim)
-            structs[held[path][0]] = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=layout)
-        arrays = read(folder, structs, which)
-        for path in paths:
-            name, layer = held[path]
-            yield path, arrays[name] if layer is None else arrays[name][layer]
-
-
-def _batches(there: Shapes, held, needed) -> Iterable[set[str]]:
-    """Names of saved arrays to read at one time; all that make up one stack are near each other."""
-    ordered = dict.fromkeys(held[p][0] for p in sorted(held, key=lambda path: needed[path][0]))
-    batch, size = set(), 0
-    for name in ordered:
-        batch.add(name)
-        size += there[name].size * there[name].dtype.itemsize
-        if size >= AT_ONCE:
-            yield batch
-            batch, size = set(), 0
-    if batch:
-        yield batch
-
-
-@functools.cache
-def _cast(dtype, layout):
-    return jax.jit(lambda x: x.astype(dtype), out_shardings=layout)
 
 
 @functools.cache
@@ -343,17 +255,3 @@ def _everywhere(layout):
     if not isinstance(layout, NamedSharding):
         return layout
     return NamedSharding(layout.mesh, PartitionSpec())
-
-
-@functools.cache
-def _filled(layout):
-    """(stack, layer, number) -> the stack with that layer, in place."""
-
-    def fill(stack, layer, i):
-        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
-
-    return jax.jit(fill, donate_argnums=0, out_shardings=layout)
-
-
-def _zeros(shape, dtype, layout):
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=layout)()

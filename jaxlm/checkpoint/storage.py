@@ -6,6 +6,7 @@ disk: it comes from the tree restored into, and nothing is pickled.
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from jaxlm.checkpoint import digest as digests
+from jaxlm.checkpoint import stacks
 from jaxlm.checkpoint.digest import Damaged, Digest
 from jaxlm.host import cluster
 
@@ -103,7 +105,10 @@ def read(folder: pathlib.Path) -> Digest:
 
 
 def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False) -> dict[str, Any]:
-    """Compares with the run first, then the files with their hashes, then reads."""
+    """Compares with the run first, then the files with their hashes, then reads.
+
+    Layers may have been stacked and be wanted apart, or the other way round, unless `part`.
+    """
     saved = read(folder)
     _refuse_another_model(folder, saved, abstract, part)
     try:
@@ -115,9 +120,11 @@ def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False)
         for item, tree in abstract.items()
         if (found := digests.named(tree))
     }
-    arrays = _load_parts(folder, wanted) if (folder / PARTS).is_file() else {}
-    if not arrays and wanted:
-        arrays = _load(folder, wanted, part)
+    as_saved = {k: v for k, v in wanted.items() if part or v.keys() == saved.trees[k].keys()}
+    arrays = _arrays(folder, as_saved, part)
+    for item in [item for item in wanted if item not in as_saved]:  # layers are stacked otherwise
+        some = functools.partial(_some, folder, item)
+        arrays[item] = stacks.rearranged(some, saved.trees[item], wanted[item])
     return {
         item: jax.tree.unflatten(
             jax.tree.structure(tree), [arrays[item][name] for name in digests.named(tree)]
@@ -144,6 +151,17 @@ def save_in_parts(
     digests.write(folder, Digest(0, {item: tree}, dict(about), {}))
 
 
+def _arrays(folder, wanted, part):
+    """The arrays of each item by name, as they were saved."""
+    if (folder / PARTS).is_file():
+        return _load_parts(folder, wanted)
+    return _load(folder, wanted, part) if wanted else {}
+
+
+def _some(folder, item, structs):
+    return _arrays(folder, {item: structs}, True)[item]
+
+
 def _load_parts(folder, wanted):
     arrays: dict[str, dict[str, Any]] = {item: {} for item in wanted}
     for item, parts in json.loads((folder / PARTS).read_text()).items():
@@ -167,7 +185,11 @@ def _refuse_another_model(folder, saved, abstract, part):
         if now and not saved.trees.get(item):
             held = ", ".join(name for name, arrays in saved.trees.items() if arrays)
             raise ValueError(f"{folder} holds no {item!r}, only {held}")
-        found = digests.differences(saved.trees.get(item, {}), now, part=part)
+        was = saved.trees.get(item, {})
+        found = digests.differences(was, now, part=part)
+        if found and not part:
+            apart = digests.differences(stacks.by_layer(was), stacks.by_layer(now))
+            found = min(found, apart, key=len)
         lines += [f"{item}/{line}" for line in found]
     if lines:
         more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
@@ -175,8 +197,7 @@ def _refuse_another_model(folder, saved, abstract, part):
             f"{folder} was saved from another model or optimizer than this run's; "
             f"{len(lines)} arrays differ:\n  "
             + "\n  ".join(lines[:8])
-            + f"{more}\nUse another workdir, or the config that the checkpoint was saved with "
-            "(layers may lie otherwise by default on other chips: set config.model.scan_layers)"
+            + f"{more}\nUse another workdir, or the config that the checkpoint was saved with"
         )
 
 

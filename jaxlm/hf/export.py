@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.checkpoint.stacks import Shapes, of_layers, places
 from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.family import Family, differences
 from jaxlm.hf.folder import their_shapes
 from jaxlm.hf.links import Link
 from jaxlm.hf.tensors import Writer, names_of
 from jaxlm.models.options import DecoderConfig
-from jaxlm.params import Shapes, of_layers, places
 
 AT_ONCE = 2**30  # bytes of arrays in memory, unless one of them is larger
 

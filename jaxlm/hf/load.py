@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.digest import named
+from jaxlm.checkpoint.stacks import layout_of, of_layers, places
 from jaxlm.hf import peft, tensors
 from jaxlm.hf.folder import Source, matched
 from jaxlm.hf.links import Link
 from jaxlm.models.options import DecoderConfig
-from jaxlm.params import Kept, assembled, layout_of, of_layers, places
+from jaxlm.params import Kept, assembled
 
 
 def load(source: Source, abstract: Any, options: DecoderConfig, kept: Kept | None = None) -> Any:

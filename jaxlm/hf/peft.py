@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlm.checkpoint.stacks import Shapes, of_layers, places
 from jaxlm.hf import tensors, wrapped
 from jaxlm.hf.family import Family, Json
 from jaxlm.hf.links import Columns, Link, Same, Transposed
 from jaxlm.hf.tensors import Spec, names_of
 from jaxlm.models import lora
 from jaxlm.models.options import DecoderConfig
-from jaxlm.params import Shapes, of_layers, places
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
