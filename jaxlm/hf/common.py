@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxlm.hf import rope
+from jaxlm.hf.keys import shown
 from jaxlm.models.options import DecoderConfig
 
 Json = dict[str, Any]
@@ -28,18 +29,20 @@ SHAPE_KEYS = frozenset(
 def shape(hf: Json, *, theta: float = 10000.0, tied: bool = False, eps: float = 1e-6) -> Json:
     """Options from the keys in `SHAPE_KEYS`; `theta`, `tied`, `eps`: where config.json is silent.
 
-    Raises `ValueError` if a size is missing.
+    Raises `ValueError` if a size is missing, or not divisible as it has to be.
     """
     heads = number(hf, "num_attention_heads")
+    if hf.get("num_key_value_heads"):
+        share(hf, "num_attention_heads", "num_key_value_heads")
     return {
         "vocabulary": number(hf, "vocab_size"),
         "width": number(hf, "hidden_size"),
         "layers": number(hf, "num_hidden_layers"),
         "heads": heads,
         "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_width": hf.get("head_dim") or number(hf, "hidden_size") // heads,
+        "head_width": hf.get("head_dim") or share(hf, "hidden_size", "num_attention_heads"),
         "ffn_width": number(hf, "intermediate_size"),
-        "activation": activation(hf.get("hidden_act", "silu"), GATED),
+        "activation": activation(hf, "hidden_act", "silu", GATED),
         "norm_eps": float(hf.get("rms_norm_eps", eps)),
         "tied": hf.get("tie_word_embeddings", tied),
         **rope.options(hf, theta),
@@ -71,16 +74,26 @@ def config(c: DecoderConfig, architecture: str, model_type: str) -> Json:
 
 def number(hf: Json, key: str) -> int:
     """A size of the model. Raises `ValueError` if config.json does not state it."""
-    if not isinstance(hf.get(key), int) or hf[key] < 1:
-        raise ValueError(f"config.json says {key}={hf.get(key)!r}, where a size has to stand")
+    if hf.get(key) is None:
+        raise ValueError(f"config.json does not say {key}, a size that the model has to have")
     return hf[key]
 
 
-def activation(name: str, known: dict[str, str]) -> str:
+def share(hf: Json, whole: str, by: str) -> int:
+    """A size divided by a number of heads. Raises `ValueError` if it is not divisible."""
+    size, heads = number(hf, whole), number(hf, by)
+    if size % heads:
+        raise ValueError(f"config.json says {by}={heads}, which does not divide {whole}={size}")
+    return size // heads
+
+
+def activation(hf: Json, key: str, usual: str, known: dict[str, str]) -> str:
+    """The feed-forward's form; `usual`: where config.json is silent."""
+    name = hf.get(key, usual)
     if name not in known:
         raise ValueError(
-            f"the nonlinearity {name!r} of config.json is not known here; known are "
-            f"{', '.join(known)}"
+            f"config.json says {key}={shown(name)}, a nonlinearity that is not known here; known "
+            f"are {', '.join(known)}"
         )
     return known[name]
 
@@ -94,4 +107,7 @@ def refuse(hf: Json, **usual: Any) -> None:
     """Raises `ValueError` if config.json sets one of these keys to something else."""
     for key, value in usual.items():
         if hf.get(key, value) not in (value, None):
-            raise ValueError(f"{key}={hf[key]!r} in config.json is not supported, only {value!r}")
+            raise ValueError(
+                f"config.json says {key}={shown(hf[key])}, which is not supported: only "
+                f"{shown(value)} is"
+            )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from jaxlm.hf import keys
 from jaxlm.hf.links import Link
 from jaxlm.models import rope
 from jaxlm.models.options import DecoderConfig, resolve
@@ -56,7 +57,10 @@ HARMLESS_KEYS = frozenset(
 def unread(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json that neither the family reads nor anybody needs."""
     known = family.reads | HARMLESS_KEYS
-    return sorted(key for key, value in config.items() if key not in known and value is not None)
+    found = [key for key, value in config.items() if key not in known and value is not None]
+    for name in family.reads & {"rope_scaling", "rope_parameters"}:
+        found += [f"{name}.{key}" for key in (config.get(name) or {}) if key not in keys.ROPE_KINDS]
+    return sorted(found)
 
 
 def whole(config: DecoderConfig) -> DecoderConfig:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.hf import tensors, wrapped
+from jaxlm.hf import keys, tensors, wrapped
 from jaxlm.hf.families import FAMILIES
-from jaxlm.hf.family import Family, Json, unread
+from jaxlm.hf.family import Family, Json, unread, whole
 from jaxlm.hf.links import Link
 from jaxlm.hf.tensors import Spec, names_of
 from jaxlm.models.options import DTYPES, DecoderConfig
@@ -65,8 +65,8 @@ class Source(NamedTuple):
                 "config.json names code of the model's own (auto_map); it is not run, the model "
                 f"is taken for a {self.family.model_type}"
             )
-        if keys := unread(self.family, self.config):
-            found.append(f"keys of config.json that have no meaning here: {names_of(keys)}")
+        if idle := unread(self.family, self.config):
+            found.append(f"keys of config.json that have no meaning here: {names_of(idle)}")
         return found
 
 
@@ -88,8 +88,8 @@ def options(path: Path) -> Told:
             f"{path} holds a model of the architecture {kind!r}{around}, which is not known here; "
             f"known are {', '.join(sorted(KNOWN))}"
         )
-    if config.get("quantization_config"):
-        how = config["quantization_config"].get("quant_method", "some method")
+    if how := config.get("quantization_config"):
+        how = how.get("quant_method", "some method") if isinstance(how, dict) else how
         raise ValueError(
             f"the tensors in {path} are quantized ({how}), which is not supported; take the "
             "model's folder in float32, float16 or bfloat16"
@@ -98,7 +98,10 @@ def options(path: Path) -> Told:
         inside = kind if kind in wrapped.WRAPPERS else ""
         config = wrapped.config(config) if inside else config
         family = FAMILIES[config["model_type"]]
-        return Told(family.options(config), family, config, inside)
+        keys.require(config, family.reads)
+        found = family.options(config)
+        whole(DecoderConfig(**found))
+        return Told(found, family, config, inside)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -138,12 +141,13 @@ def _config(path: Path) -> Json:
         raise ValueError(f"{path} is no folder of a Hugging Face model: no config.json{what}")
     try:
         config = json.loads((path / "config.json").read_text())
-        config["model_type"]
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(
             f"{path}/config.json is not readable as a model's configuration: it has to be a JSON "
             "object with a model_type"
-        ) from None
+        )
     return config
 
 

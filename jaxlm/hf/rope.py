@@ -5,6 +5,7 @@ older `rope_theta` with `rope_scaling`; and as keys of `config.model` (`jaxlm.mo
 import math
 from typing import Any
 
+from jaxlm.hf.keys import LENGTH, shown
 from jaxlm.models import rope
 
 Json = dict[str, Any]
@@ -29,11 +30,18 @@ def options(hf: Json, theta: float = 10000.0) -> Json:
     return {"rope_theta": float(said["rope_theta"]), "rope_scaling": scaling(said, hf)}
 
 
-def parameters(hf: Json, theta: float) -> Json:
-    """Both forms as one dict; `theta`: where neither names it."""
-    said = {"rope_theta": hf.get("rope_theta") or theta}
-    said |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+def parameters(hf: Json, theta: float, *, partial: bool = False) -> Json:
+    """Both forms as one dict; `theta`: where neither names it. `partial`: positions may turn a part
+    of a head only. Raises `ValueError` for what concerns some layers, or such a part, alone."""
+    said = {"rope_theta": hf.get("rope_theta", theta)}
+    said |= hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     said["rope_type"] = said.get("rope_type") or said.get("type") or "default"
+    part = lambda key, value: key == "partial_rotary_factor" and value != 1 and not partial
+    if odd := [key for key, v in said.items() if isinstance(v, dict) or part(key, v)]:
+        raise ValueError(
+            f"config.json says {odd[0]}={shown(said[odd[0]])} of rotary positions, which this kind "
+            "of model has not"
+        )
     return said
 
 
@@ -44,29 +52,44 @@ def scaling(said: Json, hf: Json) -> str:
         return ""
     if kind not in rope.KINDS:
         raise ValueError(
-            f"rope_type={kind!r} in config.json is not known here; known are default, "
-            f"{', '.join(rope.KINDS)}"
+            f"config.json says rope_type={shown(kind)}, which is not known here; known are "
+            f"default, {', '.join(rope.KINDS)}"
         )
-    length = hf.get("max_position_embeddings", 0)
+    length = hf.get(LENGTH)
     said = {"original_max_position_embeddings": length} | {
         key: value for key, value in said.items() if value is not None
     }
     if kind == "dynamic":
         said["original_max_position_embeddings"] = length
+    said = {key: value for key, value in said.items() if value is not None}
     if kind == "yarn":
         said = _yarn(said, length)
     names = {ours: said[NUMBERS[ours]] for ours in rope.KINDS[kind] if NUMBERS.get(ours) in said}
+    needed = [one for one, usual in rope.KINDS[kind].items() if usual is None and one not in names]
+    if lacking := [LENGTH if one == "length" else NUMBERS[one] for one in needed]:
+        raise ValueError(
+            f"config.json says rope_type={shown(kind)}, and lacks {' and '.join(lacking)}, which "
+            "that needs"
+        )
     if kind == "yarn" and said.get("truncate") is False:
         names["truncate"] = 0
     text = " ".join([kind, *(f"{ours}={value:.17g}" for ours, value in names.items())])
-    rope.parse(text)
+    numbers = ", ".join(f"{NUMBERS[one]}={said[NUMBERS[one]]}" for one in names if one in NUMBERS)
+    try:
+        rope.parse(text)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json says rope_type={shown(kind)} with {numbers}: {error}"
+        ) from None
     return text
 
 
-def _yarn(said: Json, length: int) -> Json:
+def _yarn(said: Json, length: int | None) -> Json:
     """With the factors that some configs leave to be reckoned."""
-    said = {"factor": length / said["original_max_position_embeddings"]} | said
-    if "attention_factor" not in said and said.get("mscale") and said.get("mscale_all_dim"):
+    if "factor" not in said and length:
+        said["factor"] = length / said["original_max_position_embeddings"]
+    scales = said.get("mscale") and said.get("mscale_all_dim") and "factor" in said
+    if scales and "attention_factor" not in said:
         part = lambda by: 0.1 * by * math.log(said["factor"]) + 1.0
         said["attention_factor"] = part(said["mscale"]) / part(said["mscale_all_dim"])
     return said

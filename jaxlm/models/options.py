@@ -316,6 +316,12 @@ def _refuse_rotary(config):
             "config.model.local_rope_theta the local ones are not scaled, and all are local; set "
             "config.model.layer_pattern, or rope_theta alone."
         )
+    if scaling == "yarn" and config.rope_theta <= 1:
+        raise ValueError(
+            f"config.model.rope_theta is {config.rope_theta:g}, and has to be above 1 with "
+            f"config.model.rope_scaling = {config.rope_scaling!r}: slower turns of later pairs are "
+            "what it goes by."
+        )
     if scaling == "dynamic" and width == 2:
         raise ValueError(
             f"config.model.rope_scaling is {config.rope_scaling!r}, but of a head only 2 units "

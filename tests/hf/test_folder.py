@@ -87,10 +87,10 @@ def test_the_head_of_a_tied_model_may_be_stored_once_more_but_not_another_one(tm
     ("keys", "said"),
     [
         ({"model_type": "bert"}, "architecture 'bert', which is not known here; known are"),
-        ({"hidden_size": None}, "hidden_size=None, where a size has to stand"),
-        ({"hidden_act": "relu"}, "nonlinearity 'relu' of config.json is not known"),
+        ({"hidden_size": None}, "hidden_size=null, where a whole number"),
+        ({"hidden_act": "relu"}, 'hidden_act="relu", a nonlinearity that is not known'),
         ({"quantization_config": {"quant_method": "gptq"}}, "are quantized (gptq)"),
-        ({"rope_scaling": {"type": "odd", "factor": 2.0}}, "rope_type='odd'"),
+        ({"rope_scaling": {"type": "odd", "factor": 2.0}}, 'rope_type="odd"'),
     ],
 )
 def test_a_config_that_we_cannot_be_is_refused(llama, tmp_path, keys, said):

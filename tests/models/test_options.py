@@ -61,6 +61,10 @@ REFUSED = [
         ["config.model.rope_scaling", "no layer uses", "layer_pattern"],
     ),
     (
+        {"rope_theta": 1.0, "rope_scaling": "yarn factor=2 length=8"},
+        ["config.model.rope_theta is 1", "above 1", "yarn"],
+    ),
+    (
         {"head_width": 2, "rope_scaling": "dynamic factor=2 length=8"},
         ["config.model.rope_scaling", "only 2 units"],
     ),

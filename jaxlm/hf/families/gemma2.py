@@ -21,11 +21,10 @@ KEYS = common.SHAPE_KEYS | {
 def shape(hf: Json, theta: float) -> Json:
     """What Gemma 2 and 3 share."""
     common.refuse(hf, use_bidirectional_attention=False)
-    usual = {"head_dim": 256, "hidden_act": hf.get("hidden_activation", "gelu_pytorch_tanh")}
-    found = common.shape(
-        usual | {k: v for k, v in hf.items() if k != "hidden_act"}, tied=True, theta=theta
-    )
-    return found | {
+    said = {"head_dim": 256} | {key: value for key, value in hf.items() if key != "hidden_act"}
+    form = common.activation(hf, "hidden_activation", "gelu_pytorch_tanh", common.GATED)
+    return common.shape(said, tied=True, theta=theta) | {
+        "activation": form,
         "attention_bias": bool(hf.get("attention_bias", False)),
         "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
         "embedding_scale": hf["hidden_size"] ** 0.5,
@@ -35,10 +34,10 @@ def shape(hf: Json, theta: float) -> Json:
 
 
 def options(hf: Json) -> Json:
-    every_other = [i % 2 == 0 for i in range(common.number(hf, "num_hidden_layers"))]
+    local = pattern.local(hf, lambda i: i % 2 == 0)
     return (
         shape(hf, 10000.0)
-        | pattern.options(hf.get("sliding_window", 4096), pattern.local(hf, every_other))
+        | pattern.options(hf.get("sliding_window", 4096), local)
         | {
             "attention_soft_cap": float(hf.get("attn_logit_softcapping", 50.0) or 0.0),
             "logit_soft_cap": float(hf.get("final_logit_softcapping", 30.0) or 0.0),

@@ -19,8 +19,7 @@ def options(hf: Json) -> Json:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         common.refuse(hf, **{key: None})
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    usual = [(i + 1) % every != 0 for i in range(common.number(hf, "num_hidden_layers"))]
-    local = pattern.local(hf, usual)
+    local = pattern.local(hf, lambda i: (i + 1) % every != 0)
     return (
         gemma2.shape({key: hf[key] for key in hf if key not in rope.KEYS}, GLOBAL)
         | pattern.options(hf.get("sliding_window", 4096), local, always=True)
@@ -35,7 +34,8 @@ def _turns(hf: Json) -> Json:
     if pattern.FULL in said or pattern.SLIDING in said:
         whole = {"rope_theta": GLOBAL, "rope_type": "default"} | (said.get(pattern.FULL) or {})
         local = {"rope_theta": LOCAL, "rope_type": "default"} | (said.get(pattern.SLIDING) or {})
-        common.refuse(local, rope_type="default")
+        common.refuse(local, rope_type="default", partial_rotary_factor=1)
+        common.refuse(whole, partial_rotary_factor=1)
     else:
         whole = rope.parameters(hf, GLOBAL)
         local = {"rope_theta": hf.get("rope_local_base_freq", LOCAL)}

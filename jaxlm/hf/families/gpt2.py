@@ -33,15 +33,16 @@ def options(hf: Json) -> Json:
         tie_word_embeddings=True,
     )
     heads, width = common.number(hf, "n_head"), common.number(hf, "n_embd")
+    form = common.activation(hf, "activation_function", "gelu_new", common.PLAIN)
     return {
         "vocabulary": common.number(hf, "vocab_size"),
         "width": width,
         "layers": common.number(hf, "n_layer"),
         "heads": heads,
         "kv_heads": heads,
-        "head_width": width // heads,
+        "head_width": common.share(hf, "n_embd", "n_head"),
         "ffn_width": hf.get("n_inner") or 4 * width,
-        "activation": common.activation(hf.get("activation_function", "gelu_new"), common.PLAIN),
+        "activation": form,
         "norm": "layer",
         "norm_eps": float(hf.get("layer_norm_epsilon", 1e-5)),
         "bias": True,

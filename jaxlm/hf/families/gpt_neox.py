@@ -26,16 +26,17 @@ MASKS = r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_fr
 def options(hf: Json) -> Json:
     common.refuse(hf, attention_bias=True)
     heads, width = (common.number(hf, k) for k in ("num_attention_heads", "hidden_size"))
-    said = rope.parameters(hf, hf.get("rotary_emb_base", 10000.0))
+    older = {"rope_theta": hf.get("rotary_emb_base", 10000.0)}  # here it has another name
+    said = rope.parameters(hf | older, 0.0, partial=True)
     return {
         "vocabulary": common.number(hf, "vocab_size"),
         "width": width,
         "layers": common.number(hf, "num_hidden_layers"),
         "heads": heads,
         "kv_heads": heads,
-        "head_width": width // heads,
+        "head_width": common.share(hf, "hidden_size", "num_attention_heads"),
         "ffn_width": common.number(hf, "intermediate_size"),
-        "activation": common.activation(hf.get("hidden_act", "gelu"), common.PLAIN),
+        "activation": common.activation(hf, "hidden_act", "gelu", common.PLAIN),
         "norm": "layer",
         "norm_eps": float(hf.get("layer_norm_eps", 1e-5)),
         "bias": True,
@@ -82,8 +83,13 @@ FAMILY = Family(
     options,
     config,
     links,
-    common.SHAPE_KEYS
-    | {"layer_norm_eps", "attention_bias", "use_parallel_residual", "rotary_pct"}
-    | {"rotary_emb_base"},
+    frozenset(
+        {
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+            *("intermediate_size", "hidden_act", "layer_norm_eps", "tie_word_embeddings"),
+            *("attention_bias", "use_parallel_residual", "rotary_pct", "rotary_emb_base"),
+            *("rope_scaling", "rope_parameters"),
+        }
+    ),
     (MASKS,),
 )

@@ -8,7 +8,7 @@ from jaxlm.models.options import DecoderConfig
 
 def options(hf: Json) -> Json:
     window = hf.get("sliding_window", 4096)
-    return common.shape(hf) | pattern.options(window, pattern.local(hf, [True]))
+    return common.shape(hf) | pattern.options(window, pattern.local(hf, lambda i: True))
 
 
 def config(c: DecoderConfig) -> Json:

@@ -17,12 +17,17 @@ EXPERTS = {"gate": "w1", "up": "w3", "down": "w2"}
 def options(hf: Json) -> Json:
     common.refuse(hf, router_jitter_noise=0.0)
     usual = {"num_key_value_heads": 8}
+    experts, chosen = hf.get("num_local_experts", 8), hf.get("num_experts_per_tok", 2)
+    if chosen > experts:
+        raise ValueError(
+            f"config.json says num_experts_per_tok={chosen}, more than num_local_experts={experts}"
+        )
     return (
         common.shape(usual | hf, theta=1e6, eps=1e-5)
-        | pattern.options(hf.get("sliding_window"), pattern.local(hf, [True]))
+        | pattern.options(hf.get("sliding_window"), pattern.local(hf, lambda i: True))
         | {
-            "experts": hf.get("num_local_experts", 8),
-            "experts_per_token": hf.get("num_experts_per_tok", 2),
+            "experts": experts,
+            "experts_per_token": chosen,
             "router_balance": float(hf.get("router_aux_loss_coef", 0.001)),
         }
     )

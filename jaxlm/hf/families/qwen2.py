@@ -14,9 +14,7 @@ def window(hf: Json) -> Json:
     """Layers from `max_window_layers` on have the window, or those that `layer_types` names."""
     width = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     first = hf.get("max_window_layers", 28)
-    return pattern.options(
-        width, pattern.local(hf, [i >= first for i in range(hf["num_hidden_layers"])])
-    )
+    return pattern.options(width, pattern.local(hf, lambda i: i >= first))
 
 
 def window_config(c: DecoderConfig) -> Json:
