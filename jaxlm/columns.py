@@ -27,12 +27,12 @@ import numpy as np
 from jaxlm import sharding
 from jaxlm.build import Built
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.data.batches import in_order
 from jaxlm.data.cache import cached, check, left_bytes
 from jaxlm.data.documents import Progress
 from jaxlm.data.prepare import Prepared
 from jaxlm.data.rowfile import RowFile
+from jaxlm.files import write_atomically
 from jaxlm.fingerprint import fingerprint
 from jaxlm.host import cluster
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxlm import methods
+from jaxlm import files, methods
 from jaxlm.contract import Method, compose
 from jaxlm.data.examples import READ_AS
 from jaxlm.data.prepare import DataSpec
@@ -139,7 +139,7 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     method, used = _method(c)
     data = _data(c.data, c.method, method.reads)
     workdir = c.workdir or f"runs/{c.name}"
-    data = _with_kept_tokenizer(data, Path(workdir).expanduser())
+    data = _with_kept_tokenizer(data, files.local(workdir, "config.workdir"))
     check_best(c, groups["checkpoint"], data, method)
     promised = tuple(key.split(".")[1] for key in overrides if key.startswith("expect."))
     for key, figure in wanted_figures(groups["expect"], promised):

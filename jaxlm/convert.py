@@ -34,7 +34,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import params, stored
+from jaxlm import files, params, stored
 from jaxlm.checkpoint import storage
 from jaxlm.data import chat, handed_on
 from jaxlm.data import tokenizer as tokenizers
@@ -256,7 +256,7 @@ def main() -> int:
     flags = _flags().parse_args()
     if cluster.place():
         raise ValueError("conversion runs in one process; start it on one host")
-    source, out = Path(flags.source).expanduser(), Path(flags.out).expanduser()
+    source, out = Path(flags.source).expanduser(), files.local(flags.out, "OUT")
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if flags.way == "from-hf":
         adapter = Path(flags.adapter).expanduser() if flags.adapter else None

@@ -17,8 +17,8 @@ import jax
 
 from jaxlm import __version__
 from jaxlm import config as configs
-from jaxlm.checkpoint.digest import write_atomically
 from jaxlm.data import chat, tokenizer
+from jaxlm.files import write_atomically
 from jaxlm.hf import kept
 from jaxlm.host import cluster
 from jaxlm.specs import Run

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-BASE = {"contract", "host", "sharding", "specs"}
+BASE = {"contract", "files", "host", "sharding", "specs"}
 TOP = {
     *(
         "commandline",
@@ -26,10 +26,11 @@ TOP = {
 MAY_IMPORT = {
     "contract": set(),
     "host": {"host"},
+    "files": set(),
     "sharding": {"contract"},
-    "checkpoint": {"checkpoint", "contract", "host"},
+    "checkpoint": {"checkpoint", "contract", "files", "host"},
     "params": {"checkpoint", "contract", "host", "models.lora", "models.quantized"},
-    "hf": {"hf", "params", "models", "checkpoint", "contract"},
+    "hf": {"hf", "params", "models", "checkpoint", "contract", "files"},
     "stored": {"config", "data", "hf", "models", "params", "specs"},
     "fingerprint": {"checkpoint", "params"},
     "metrics": {"contract"},
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "figures": {"contract", "data", "specs"},
     "config": {
         *("contract", "sharding", "methods", "models", "optim", "data", "hf", "recipe", "specs"),
-        "figures",
+        *("figures", "files"),
     },
     "build": {
         *("chips", "config", "contract", "sharding", "checkpoint", "params", "hf", "models"),
@@ -64,13 +65,13 @@ MAY_IMPORT = {
     },
     "opened": {"chips", "contract", "data", "hf", "host", "models", "sharding", "stored"},
     "journal": {"host", "metrics"},
-    "folder": {"config", "checkpoint", "models", "host", "data", "hf", "specs"},
+    "folder": {"config", "files", "models", "host", "data", "hf", "specs"},
     "together": {"config", "data", "folder", "host", "specs"},
     "restarts": {"checkpoint", "folder", "host", "specs"},
     "tasks": {"build", "evals", "specs"},
     "observe": BASE | TOP | {"tasks"},
     "summary": BASE | TOP,
-    "columns": {"build", "checkpoint", "data", "fingerprint", "host", "sharding"},
+    "columns": {"build", "checkpoint", "data", "files", "fingerprint", "host", "sharding"},
     "train": BASE | TOP | {"columns", "restarts", "tasks", "together"},
     "convert": BASE | TOP,
     "plan": BASE | TOP | {"plan", "chips"},

@@ -21,13 +21,16 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from launch.local.run import free_port
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 160
 FLAGS = (
     f"--config.steps={STEPS}",
@@ -279,15 +282,6 @@ def make_text(home):
             path = home / "text" / kind / f"{n}.txt"
             if not path.exists():
                 path.write_text(end.join(" ".join(rng.choices(words, k=6)) for _ in range(12)))
-
-
-def free_port():
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                socket.create_server(("127.0.0.1", port + 1)).close()
-                return port
 
 
 def lines(folder):

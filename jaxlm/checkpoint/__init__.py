@@ -27,6 +27,7 @@ from jaxlm.checkpoint import digest as digests
 from jaxlm.checkpoint import storage
 from jaxlm.checkpoint.digest import Damaged
 from jaxlm.checkpoint.storage import SaveError
+from jaxlm.files import write_atomically
 from jaxlm.host import cluster
 from jaxlm.host.fellows import CRASHED
 
@@ -216,7 +217,7 @@ class Checkpoints:
         if cluster.process() == 0:
             path = self.directory / "once" / "facts.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            digests.write_atomically(path, json.dumps(dict(facts), indent=1))
+            write_atomically(path, json.dumps(dict(facts), indent=1))
         cluster.share()
 
     def noted_once(self) -> dict[str, Any]:

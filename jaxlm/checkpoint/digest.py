@@ -10,11 +10,12 @@ belongs to another model. Each process hashes its share of the files, `digest-<i
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
 import jax
+
+from jaxlm.files import write_atomically
 
 SCHEMA = 1
 PREFIX = "digest-"
@@ -113,19 +114,6 @@ def verify(
         if how == "full" and _hash(path) != hashed:
             raise Damaged(f"the bytes of {name} have changed since it was written")
     return read(folder)
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """The file appears whole or not at all, also after a crash of the machine."""
-    half = path.with_name(path.name + ".tmp")
-    try:
-        with half.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def _contents(folder):

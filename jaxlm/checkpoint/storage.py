@@ -23,6 +23,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jaxlm.checkpoint import digest as digests
 from jaxlm.checkpoint import stacks
 from jaxlm.checkpoint.digest import Damaged, Digest
+from jaxlm.files import write_atomically
 from jaxlm.host import cluster
 
 # Orbax logs whole tracebacks, several times, of errors that are raised here in one sentence.
@@ -147,7 +148,7 @@ def save_in_parts(
         start(folder / where, {item: part}).result()
         names[where] = list(part)
         tree |= digests.layout(part)
-    digests.write_atomically(folder / PARTS, json.dumps({item: names}, indent=1))
+    write_atomically(folder / PARTS, json.dumps({item: names}, indent=1))
     digests.write(folder, Digest(0, {item: tree}, dict(about), {}))
 
 

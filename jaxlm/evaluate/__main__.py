@@ -27,7 +27,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; ours is one
 
 import jax
 
-from jaxlm import report
+from jaxlm import files, report
 from jaxlm.data.chat import of_folder
 from jaxlm.evals import length_files, stream, tasks
 from jaxlm.evals.model import Model
@@ -329,7 +329,7 @@ def _refuse(flags):
         )
     where = cluster.place()
     if flags.output and not (where and where.process):
-        write.require_folder(Path(flags.output).expanduser())
+        write.require_folder(files.local(flags.output, "--output"))
     if flags.use_cache and where:
         raise ValueError(
             "--use_cache keeps answers in a file of one process: leave it out where several "

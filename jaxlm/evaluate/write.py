@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.checkpoint.digest import write_atomically
+from jaxlm.files import write_atomically
 from jaxlm.folder import versions
 
 

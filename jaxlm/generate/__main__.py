@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 
+from jaxlm import files
 from jaxlm.generate import prompts as read
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.programs import STEPS
@@ -150,7 +151,7 @@ def _checked(flags):
         )
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    output = Path(flags.output).expanduser()
+    output = files.local(flags.output, "--output")
     if flags.output and output.is_dir():
         raise ValueError(f"--output={flags.output} is a folder; name a file in it")
     if flags.output and not output.parent.is_dir():

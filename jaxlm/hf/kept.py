@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.checkpoint.digest import write_atomically
+from jaxlm.files import write_atomically
 from jaxlm.hf import folder as hf
 from jaxlm.hf.family import Json
 from jaxlm.models.options import DecoderConfig

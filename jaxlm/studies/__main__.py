@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from jaxlm import files
 from jaxlm.host.console import Console
 from jaxlm.studies import page
 from jaxlm.studies.arms import Arms
@@ -145,7 +146,7 @@ def _asked(argv: list[str]) -> tuple[str, Any, Path, bool]:
     for key, value in chosen.items():
         _refuse(key, value, getattr(study.Settings(), key))
     out = given["out"] or f"runs/studies/{name}{'-quick' * given['quick']}"
-    return name, dataclasses.replace(base, **chosen), Path(out).expanduser(), given["quick"]
+    return name, dataclasses.replace(base, **chosen), files.local(out, "--out"), given["quick"]
 
 
 class _Parser(argparse.ArgumentParser):
