@@ -26,13 +26,15 @@ def parse(
     `define` puts a command's own flags in the place of --dry_run. Exits with one line for a key,
     value or file that is wrong.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The recipe.", flag_values=values)
+    values, argv = flags.FlagValues(), joined(argv)
+    config_flags.DEFINE_config_file(
+        "config", None, "The recipe.", flag_values=values, sys_argv=argv
+    )
     (define or _define_dry_run)(values)
-    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+    if any(a in ("--h", "--help") for a in argv[1:]):
         print((usage or "").strip())
         raise SystemExit(0)
-    _refuse_missing_recipe(_recipe(argv))
+    _refuse_missing_recipe(value_of("config", argv).split(":")[0])
     try:
         rest = values(argv)
         if values["config"].value is None:
@@ -47,13 +49,32 @@ def parse(
     return check(c, overrides), values
 
 
+def joined(argv: list[str]) -> list[str]:
+    """The words of a command line with --name=value for each `--name value` and `-name value`.
+
+    absl reads all of these, but we look at them too: before it does, and for what went wrong.
+    """
+    found = argv[:1]
+    for word in argv[1:]:
+        flag = re.fullmatch(r"--?([A-Za-z].*)", word, re.DOTALL)
+        before = found[-1] if len(found) > 1 else ""
+        if not flag and before.startswith("--") and "=" not in before:
+            found[-1] = f"{before}={word}"
+        else:
+            found.append(f"--{flag[1]}" if flag else word)
+    return found
+
+
+def value_of(name: str, argv: list[str]) -> str:
+    """What a command line says for a flag, the last time; "" if nothing."""
+    prefix = f"--{name}="
+    return next(
+        (a.removeprefix(prefix) for a in reversed(joined(argv)) if a.startswith(prefix)), ""
+    )
+
+
 def _define_dry_run(values):
     flags.DEFINE_bool("dry_run", False, "Say what would run, and stop.", flag_values=values)
-
-
-def _recipe(argv):
-    found = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    return found[-1].split(":")[0] if found else ""
 
 
 def _refuse_missing_recipe(name):

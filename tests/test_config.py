@@ -6,6 +6,7 @@ from jaxlm import commandline, folder, methods, summary
 from jaxlm import config as configs
 from jaxlm.build import build, require_figure
 from jaxlm.config import check, defaults, flatten, nest, source
+from jaxlm.plan import __main__ as plan
 
 NUMBER_OF_KEYS = 105  # outside the groups of the methods
 
@@ -169,12 +170,51 @@ def test_only_what_the_curve_depends_on_must_stay():
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flag, message, monkeypatch):
-    with pytest.raises((SystemExit, ValueError)) as error:
-        parse(monkeypatch, "--config.method=flood + migu" if "flood" in flag else flag, flag)
-    said = str(error.value)
-    assert message in said
-    assert "\n" not in said
-    assert "could not convert" not in said
+    for words in ([flag], flag.split("=", 1)):  # the value may be a word of its own
+        first = ["--config.method=flood + migu"] if "flood" in flag else words
+        with pytest.raises((SystemExit, ValueError)) as error:
+            parse(monkeypatch, *first, *words)
+        said = str(error.value)
+        assert message in said
+        assert "\n" not in said
+        assert "could not convert" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "configs/sft.py", "--config.steps", "7", "--config.name", "a b", "--dry_run"],
+        ["-config=configs/sft.py", "-config.steps=7", "--dry_run", "-config.name", "a b"],
+        ["--dry_run", "--config=x.py", "--config=configs/sft.py", "--config.name=a b", "-h"],
+    ],
+)
+def test_a_value_may_be_a_word_of_its_own(words):
+    joined = commandline.joined(["train", *words])
+    assert commandline.joined(joined) == joined
+    assert joined[0] == "train"
+    assert {"--config=configs/sft.py", "--config.name=a b", "--dry_run"} <= set(joined)
+    assert commandline.value_of("config", ["train", *words]) == "configs/sft.py"
+    assert commandline.value_of("topology", ["train", *words]) == ""
+
+
+def test_a_recipe_may_be_a_word_of_its_own(monkeypatch):
+    words = ["train", "--config", "configs/quickstart.py", "--config.steps", "7"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert commandline.parse(sys.argv, "")[0].steps == 7
+    with pytest.raises(SystemExit, match=r"there is no recipe configs/quikstart.py; did you mean"):
+        commandline.parse(["train", "--config", "configs/quikstart.py"], "")
+
+
+@pytest.mark.parametrize(
+    "words", [["--topology=cpu:4"], ["--topology", "cpu:4"], ["-topology=cpu:4"]]
+)
+def test_a_plan_makes_its_devices_however_they_are_named(words, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan.topology, "prepare", asked.append)
+    monkeypatch.setattr(sys, "argv", ["plan", *words])
+    with pytest.raises(SystemExit, match="no recipe given"):
+        plan.main()
+    assert asked == ["cpu:4"]
 
 
 def parse(monkeypatch, *given, recipe="quickstart"):

@@ -32,8 +32,7 @@ def _define(values):
 
 
 def main() -> int:
-    name = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--topology=")), "")
-    topology.prepare(name)  # before JAX looks for devices
+    topology.prepare(commandline.value_of("topology", sys.argv))  # before JAX looks for devices
     run, given = commandline.parse(sys.argv, __doc__, _define)
     if not given.topology:
         raise SystemExit(f"plan: add --topology=, one of {', '.join(topology.names())}")
