@@ -50,6 +50,20 @@ class Held(NamedTuple):
         arrays = storage.load(self.place, {self.item: wanted}, "sizes", part=True)[self.item]
         return {name: arrays[self.prefix + name] for name in structs}
 
+    def beside(self, name: str, kernel: jax.ShapeDtypeStruct) -> list[jax.Array]:
+        """The factors that belong to a kernel, stacked as it is, though they may lie otherwise:
+        the base is as it was at the start of a run. [] where there are none."""
+        there = self.shapes()
+        of_one, ((path, (_, layer)), *more) = of_layers(there), places({name: kernel}).items()
+        wanted = {}
+        for factor in (lora.A, lora.B):
+            if (shape := of_one.get(path.removesuffix(lora.KERNEL) + factor)) is None:
+                return []
+            shape = shape if layer is None else (1 + len(more), *shape)
+            name_here = name.removesuffix(lora.KERNEL) + factor
+            wanted[name_here] = jax.ShapeDtypeStruct(shape, next(iter(there.values())).dtype)
+        return list(stacks.rearranged(self.read, there, wanted).values())
+
 
 def load(
     path: str | Path,
@@ -101,12 +115,12 @@ def held(folder: Path, which: str = "") -> Held:
     """
     if not which:
         return Held(folder, "params", "")
-    names = _shapes(folder, "params").keys()
+    paths = of_layers(_shapes(folder, "params")).keys()
     extras = {name.partition("/")[0] for name in _shapes(folder, "extras")}
     found = {name: Held(folder, "extras", f"{name}/") for name in sorted(extras)}
     for place in sorted((folder.parent / "once").glob("*/")):
         found[place.name] = Held(place, place.name, "")
-    found = {name: one for name, one in found.items() if one.shapes().keys() == names}
+    found = {name: it for name, it in found.items() if of_layers(it.shapes()).keys() == paths}
     if which not in found:
         there = f"there are {', '.join(found)}" if found else "there are none"
         raise ValueError(f"--params={which}: {folder} has no such params beside its own; {there}")
@@ -139,15 +153,12 @@ def read(folder: Path, structs: Shapes, which: str = "") -> dict[str, jax.Array]
     if not (base := _base(folder)):
         return tree.read(structs)
     arrays = _read_base(base, structs)
-    scale, there = adapter_facts(folder)["scale"], tree.shapes()
+    scale = adapter_facts(folder)["scale"]
     for name in arrays:
-        beside = [name.removesuffix(lora.KERNEL) + factor for factor in (lora.A, lora.B)]
-        if beside[0] not in there:
-            continue
-        factors = tree.read({factor: there[factor] for factor in beside})
-        layout = arrays[name].sharding
-        parts = jax.device_put([factors[factor] for factor in beside], _everywhere(layout))
-        arrays[name] = _added(layout)(arrays[name], *parts, scale)
+        if factors := tree.beside(name, structs[name]):
+            layout = arrays[name].sharding
+            factors = jax.device_put(factors, _everywhere(layout))
+            arrays[name] = _added(layout)(arrays[name], *factors, scale)
     return arrays
 
 

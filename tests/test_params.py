@@ -22,13 +22,17 @@ def shapes(*args, **kwargs):
     return jax.eval_shape(lambda: model(*args, **kwargs))
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run of a method that is not ours: its config has no knobs of `lora`."""
+@pytest.fixture(params=["as it began", "its layers apart since", "its layers stacked since"])
+def run(tmp_path, request):
+    """A run of a method that is not ours: its config has no knobs of `lora`. Its base lies as the
+    devices had it that the run began on, its adapter as those that it goes on on."""
     factors = lambda i: {"lora_a": np.full((4, 1), i + 1.0), "lora_b": np.ones((1, 6))}
-    blocks = {str(i): {"up": jax.tree.map(np.float32, factors(i))} for i in range(2)}
+    each = [jax.tree.map(np.float32, factors(i)) for i in range(2)]
+    blocks = {str(i): {"up": one} for i, one in enumerate(each)}
+    if "stacked" in request.param:
+        blocks = {"up": jax.tree.map(lambda *xs: np.stack(xs), *each)}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save_once(BASE, model())
+        checkpoints.save_once(BASE, model(stacked="apart" in request.param))
         about = {"config": {"method": "my.own:idea"}, "adapter": {"scale": 0.5}}
         checkpoints.save(3, {"params": {"blocks": blocks}}, about)
     return tmp_path
@@ -94,11 +98,12 @@ def doubled(tree):
     return jax.tree.map(lambda x: np.float32(2) * x, tree)
 
 
-@pytest.fixture
-def run_with_extras(tmp_path):
+@pytest.fixture(params=["as it began", "its layers apart since"])
+def run_with_extras(tmp_path, request):
     """A run with an average of its params, a reference that stays, and what is neither."""
+    began = model(stacked="apart" in request.param)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save_once("reference", doubled(doubled(model())))
+        checkpoints.save_once("reference", doubled(doubled(began)))
         half = jax.tree.map(lambda x: x.astype("float16"), model())
         extras = {"ema": doubled(model()), "ema_steps": np.zeros((), np.int32)}
         checkpoints.save(3, {"params": half, "extras": extras}, {})

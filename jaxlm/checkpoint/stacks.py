@@ -65,27 +65,31 @@ def by_layer(layout: Layout) -> Layout:
     return {path: (shape, layout[where[path].name][1]) for path, shape in of_layers(shapes).items()}
 
 
+def shapes_like(layout: Layout, wanted: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the arrays of a layout, with the dtypes of the same layers in `wanted`."""
+    where = places(wanted)
+    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in layout.items()}
+    dtypes = {name: wanted[where[path].name].dtype for path, (name, _) in places(like).items()}
+    return {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in like.items()}
+
+
 def rearranged(
-    read: Callable[[Shapes], Mapping[str, jax.Array]], saved: Layout, wanted: Shapes
+    read: Callable[[Shapes], Mapping[str, jax.Array]], there: Shapes, wanted: Shapes
 ) -> dict[str, jax.Array]:
-    """The arrays of `wanted` by name, made of those of a checkpoint that has the same layers.
+    """The arrays of `wanted` by name, made of those of a checkpoint that has their layers.
 
     `read`: some arrays by their names there, laid out as it is told.
     """
-    where, held = places(wanted), {}
-    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in saved.items()}
-    for path, (name, _) in places(like).items():  # the dtypes are the same
-        dtype = wanted[where[path].name].dtype
-        held[name] = jax.ShapeDtypeStruct(saved[name][0], dtype)
-    return assembled(wanted, layers(read, held, wanted))
+    return assembled(wanted, layers(read, there, wanted))
 
 
 def layers(
     read: Callable[[Shapes], Mapping[str, jax.Array]], there: Shapes, wanted: Shapes
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Yields (path, array of one layer) of all arrays of a checkpoint, some read at a time, lying
-    as `wanted` says of the same path."""
-    held, needed = places(there), places(wanted)
+    """Yields (path, array of one layer) of all that is wanted of a checkpoint, some arrays read at
+    a time, lying as `wanted` says of the same path."""
+    needed = places(wanted)
+    held = {path: place for path, place in places(there).items() if path in needed}
     for names in _batches(there, held, needed):
         paths = [path for path in held if held[path].name in names]
         structs = {}

@@ -125,7 +125,8 @@ def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False)
     arrays = _arrays(folder, as_saved, part)
     for item in [item for item in wanted if item not in as_saved]:  # layers are stacked otherwise
         some = functools.partial(_some, folder, item)
-        arrays[item] = stacks.rearranged(some, saved.trees[item], wanted[item])
+        there = stacks.shapes_like(saved.trees[item], wanted[item])
+        arrays[item] = stacks.rearranged(some, there, wanted[item])
     return {
         item: jax.tree.unflatten(
             jax.tree.structure(tree), [arrays[item][name] for name in digests.named(tree)]
