@@ -17,13 +17,12 @@ behind the last response.
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from jaxlm.data.examples import Malformed, Message
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import Tokenizer, object_in
 
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}"
@@ -273,19 +272,35 @@ def stops(tokenizer: Tokenizer, folder: pathlib.Path) -> frozenset[int]:
 
 def of_folder(folder: pathlib.Path) -> str:
     """The chat template in a tokenizer's folder; "" if there is none."""
-    if (folder / FILE).is_file():
-        return _read(folder / FILE)
-    found = _json(folder / "tokenizer_config.json").get("chat_template")
-    found = found or _json(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):  # several by name
-        found = {each["name"]: each["template"] for each in found if isinstance(each, dict)}
-        found = found.get("default") or next(iter(found.values()), "")
-    return found if isinstance(found, str) else ""
+    if (path := folder / FILE).is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if (said := object_in(path).get("chat_template")) not in (None, []):
+            return _chosen(said, path)
+    return ""
+
+
+def _chosen(said: Any, path: pathlib.Path) -> str:
+    """One template, or of several by name the usual one. Raises `ValueError` for what is none."""
+    several = said if isinstance(said, list) else [{"name": "default", "template": said}]
+    named = lambda each: isinstance(each, dict) and isinstance(each.get("name"), str)
+    if not all(named(each) and isinstance(each.get("template"), str) for each in several):
+        raise ValueError(
+            f"{path} has a chat_template that is neither a text nor a list of "
+            '{"name": ..., "template": ...} with texts; mend it, or put the template into '
+            f"{path.with_name(FILE)}"
+        )
+    found = {each["name"]: each["template"] for each in several}
+    return found.get("default") or next(iter(found.values()))
 
 
 def specials(folder: pathlib.Path) -> dict[str, Any]:
     """bos_token, eos_token and so on, as templates name them."""
-    found = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    found = object_in(folder / "special_tokens_map.json")
+    found |= object_in(folder / "tokenizer_config.json")
     text = lambda value: value.get("content") if isinstance(value, dict) else value
     named = {k: text(v) for k, v in found.items() if k.endswith("_token") and text(v)}
     return {"bos_token": "", "eos_token": ""} | {k: v for k, v in named.items() if v is not True}
@@ -299,14 +314,6 @@ def _read(path: str | pathlib.Path) -> str:
             f"config.data.template={str(path)!r} is none of '', {', '.join(map(repr, BUILT_IN))}, "
             f"and no file with a chat template: {error}"
         ) from None
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        raise ValueError(f"{path} cannot be read: it has to be a JSON object") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _require_chatml(tokenizer: Tokenizer) -> None:

@@ -18,6 +18,10 @@ import numpy as np
 from jaxlm.data.documents import cut
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+FILES = (  # of a tokenizer, each of them a JSON object
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json"),
+)
 LONGEST = 2**20  # characters encoded in one piece; a longer text is cut at line ends
 
 
@@ -215,25 +219,49 @@ def _load_fast(folder: pathlib.Path, name: str) -> Tokenizer:
 def _special(folder: pathlib.Path, key: str, to_id: Callable) -> int | None:
     """The id that the folder's configuration gives to bos_token or eos_token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / file
-        try:
-            token = json.loads(path.read_text()).get(key) if path.is_file() else None
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path} cannot be read: it has to be a JSON object") from None
-        token = token.get("content") if isinstance(token, dict) else token
+        said = object_in(folder / file).get(key)
+        token = said.get("content") if isinstance(said, dict) else said
+        if token is not None and not isinstance(token, str):
+            raise ValueError(
+                f"{folder / file} says {key}={said!r}, where the text of a token has to stand"
+            )
         if token and to_id(token) is not None:
             return to_id(token)
     return None
 
 
-def _load_with_transformers(folder: pathlib.Path, name: str) -> Tokenizer:
-    import transformers
-
+def object_in(path: pathlib.Path) -> dict[str, Any]:
+    """A file with a JSON object; {} if there is none. Raises `ValueError` for one with another."""
     try:
-        backend = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} cannot be read: it has to be a JSON object")
+    return found
+
+
+def of_transformers(folder: pathlib.Path) -> Any:
+    """The tokenizer of a folder as transformers has it, which knows what it puts around a text.
+
+    Raises `ValueError` where there is none, naming the file that is to blame where one is.
+    """
+    import transformers  # takes seconds
+
+    transformers.logging.set_verbosity_error()  # of texts longer than the context, say
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        found("a")  # some of what is wrong shows only here
+        return found
     except Exception as error:  # many kinds
+        for file in FILES:
+            object_in(folder / file)
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from None
+
+
+def _load_with_transformers(folder: pathlib.Path, name: str) -> Tokenizer:
+    backend = of_transformers(folder)
     if set(backend.get_vocab()) <= set(backend.all_special_tokens):
         raise ValueError(  # transformers makes an empty tokenizer up from model_type alone
             f"no tokenizer can be loaded from {folder}: it has no vocabulary; copy the model's "

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.data.tokenizer import of_transformers
+
 
 class Texts:
     """`add_bos`: whether a text begins with the bos (or eos, where there is none); None = as the
@@ -46,12 +48,4 @@ class Texts:
 
 def load(folder: Path, add_bos: bool | None = None) -> Texts:
     """The tokenizer of a folder. Raises `ValueError` where there is none."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # of texts longer than the context, say
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from None
-    return Texts(tokenizer, add_bos)
+    return Texts(of_transformers(folder), add_bos)

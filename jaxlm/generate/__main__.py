@@ -39,6 +39,7 @@ from jaxlm.stored import is_run
 
 SHOWN = 4  # tokens between two looks at the terminal
 PART = 256  # answers that are written together
+MOST = 10**7  # answers of a call
 WIDEST = 90  # characters of a question above its answer
 
 
@@ -159,8 +160,15 @@ def _checked(flags):
     if flags.prompts and flags.prompt:
         raise ValueError("--prompt and --prompts are both given; leave one of them out")
     prompts = [Prompt(text) for text in flags.prompt or [""]]
+    for n, prompt in enumerate(prompts, 1):
+        read.require_letters(prompt, f"prompt {n}")
     if flags.prompts:
         prompts = read.from_file(Path(flags.prompts))
+    if (count := len(prompts) * flags.samples) > MOST:
+        raise ValueError(
+            f"--samples={flags.samples:,} of {len(prompts):,} prompts are {count:,} answers, more "
+            f"than the {MOST:,} of one call; ask for some at a time, with --seed for others"
+        )
     if flags.chat:
         message = lambda text: [{"role": "user", "content": text}]
         prompts = [p if p.messages else Prompt(messages=message(p.text)) for p in prompts]

@@ -181,8 +181,11 @@ class Generator:
                     f"prompt {number} has {len(request.ids):,} tokens, more than the model's "
                     f"context of {self.context:,}: shorten it, or keep its end only (--keep_end)"
                 )
-            if request.tokens < 1:
-                raise ValueError(f"prompt {number} asks for {request.tokens} tokens, not 1 or more")
+            if not 1 <= request.tokens < 2**31:
+                raise ValueError(
+                    f"prompt {number} asks for {request.tokens:,} tokens, and not for 1 or more, "
+                    "below 2 billion"
+                )
 
 
 class _Row:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.data.chat import Template, of_folder
 from jaxlm.data.examples import Malformed, Useless, question
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import Tokenizer, of_transformers
 
 NO_TEXT = ("messages", "conversations", "system", "instruction")
 """Columns that make a row a conversation."""
@@ -31,12 +31,18 @@ class Prompt(NamedTuple):
 def from_file(path: Path) -> list[Prompt]:
     """The prompts of a file. Raises `ValueError` naming the line that is none."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts {str(path)!r} cannot be read: {error}") from None
     # Not `splitlines`: a prompt may hold Unicode's separators, which JSON leaves as they are.
     lines = text.removesuffix("\n").split("\n") if text else []
-    if path.suffix == ".jsonl":
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(
+            f"the prompts {str(path)!r}: read are lines of text, or of JSON where the name ends in "
+            ".jsonl; write an object a line, and rename it"
+        )
+    if kind == ".jsonl":
         rows = [_parsed(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
         found = [prompt for prompt, _ in rows]
         if answered := sum(cut for _, cut in rows):
@@ -46,7 +52,20 @@ def from_file(path: Path) -> list[Prompt]:
         found = [Prompt(line) for line in lines]
     if not found:
         raise ValueError(f"{path} holds no prompt")
+    for n, prompt in enumerate(found, 1):
+        require_letters(prompt, f"prompt {n} of {path}")
     return found
+
+
+def require_letters(prompt: Prompt, where: str) -> None:
+    """Raises `ValueError` for half a letter: from JSON, or a shell that does not speak UTF-8."""
+    try:
+        prompt.text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"{where} holds {half!r}, half a surrogate pair, which UTF-8 cannot hold"
+        ) from None
 
 
 def _parsed(line, where) -> tuple[Prompt, bool]:
@@ -82,7 +101,7 @@ def encoded(
     if behind_bos:
         ids = iter([tokenizer.bos, *found] for found in tokenizer.encode_batch(texts))
     else:
-        theirs = _transformers(folder) if texts else None
+        theirs = of_transformers(folder) if texts else None
         ids = iter(theirs(text)["input_ids"] or [tokenizer.bos] for text in texts if theirs)
     template = None
     if any(p.messages for p in prompts):
@@ -108,17 +127,3 @@ def _answerable(template, messages, folder):
         return template.prompt(messages)
     except Malformed as why:
         raise ValueError(f"{folder}: {why}") from None
-
-
-def _transformers(folder):
-    import transformers  # takes seconds
-
-    transformers.logging.set_verbosity_error()  # of texts longer than the context, say
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # many kinds
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {_reason(error)}") from None
-
-
-def _reason(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -43,8 +43,8 @@ class Sampling:
             ("min_p", 0, 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
-                most = f" and at most {high}" if high == 1 else ""
+            if not low <= value <= high or value == float("inf"):
+                most = f" and at most {high}" if high == 1 else " and finite"
                 raise ValueError(f"{name}={value} has to be at least {low}{most}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(

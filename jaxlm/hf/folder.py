@@ -171,6 +171,8 @@ def _sharded(path: Path) -> dict[str, Spec]:
     try:
         places: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
         files = sorted(set(places.values()))
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path / INDEX} is not readable as an index of tensors") from None
     if missing := [
@@ -179,10 +181,12 @@ def _sharded(path: Path) -> dict[str, Spec]:
         raise ValueError(f"{path} lacks {names_of(missing)}, which {INDEX} names; download it too")
     found: dict[str, Spec] = {}
     for file in files:
-        found |= tensors.specs(path / file)
+        here = tensors.specs(path / file)
+        found |= {name: spec for name, spec in here.items() if places.get(name, file) == file}
     if lost := places.keys() - found.keys():
         raise ValueError(
-            f"{path} is not whole: {INDEX} names tensors that no file holds: {names_of(lost)}"
+            f"{path} is not whole: {INDEX} names tensors that their files do not hold: "
+            f"{names_of(f'{name} ({places[name]})' for name in lost)}"
         )
     return found
 

@@ -85,7 +85,8 @@ def generation(folder: Path) -> Json:
         found = json.loads(path.read_text())
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not all(isinstance(end, int) for end in ends(found)):
+    is_id = lambda end: type(end) is int and 0 <= end < 2**31
+    if not isinstance(found, dict) or not all(map(is_id, ends(found))):
         raise ValueError(
             f"{path} does not say which tokens end a text: it has to be a JSON object, its "
             "eos_token_id a number or a list of them; repair or remove it"

@@ -71,7 +71,7 @@ def specs(file: Path) -> dict[str, Spec]:
 
 def _spec(file, base, entry):
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end:
+    if not 0 <= begin <= end or not isinstance(entry["dtype"], str):
         raise ValueError
     return Spec(tuple(map(int, entry["shape"])), entry["dtype"], file, base + begin, base + end)
 

@@ -111,3 +111,27 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, place, words):
     flags = command._flags().parse_args(["--checkpoint=x", f"--output={tmp_path}/{place}"])
     with pytest.raises(ValueError, match=words):
         command._checked(flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--tokens=0", "--tokens=0 must be at least 1"),
+        ("--samples=0", "--samples=0 must be at least 1"),
+        ("--samples=100000000", "100,000,000 answers, more than the 10,000,000"),
+        ("--temperature=-1", "--temperature=-1.0 has to be at least 0 and finite"),
+        ("--temperature=nan", "--temperature=nan has to be"),
+        ("--temperature=inf", "--temperature=inf has to be"),
+        ("--top_p=2", "--top_p=2.0 has to be at least 0 and at most 1"),
+        ("--stop=", "--stop is empty"),
+        ("--prompt=\udcff", "half a surrogate pair"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flag, words):
+    with pytest.raises(ValueError, match=words):
+        command._checked(command._flags().parse_args(["--checkpoint=x", flag]))
+
+
+def test_more_tokens_than_can_be_counted_are_refused(run):
+    with pytest.raises(ValueError, match="prompt 1 asks for 3,000,000,000 tokens"):
+        run(tokens=3_000_000_000)

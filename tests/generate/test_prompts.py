@@ -143,3 +143,60 @@ def test_a_tokenizer_without_bos_puts_nothing_before_a_text(folder):
     before["special_tokens"] = {"<|bos|>": {"id": "<|bos|>", "ids": [256], "tokens": ["<|bos|>"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": before}))
     assert encoded(prompts, tokenizer, folder, behind_bos=False) == [[256, 97, 98], [256]]
+
+
+def test_a_mark_in_front_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path):
+    for name, line in (("asked.txt", "one"), ("asked.JSONL", '{"prompt": "one"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode())
+        assert from_file(tmp_path / name) == [Prompt("one")] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("asked.json", '[{"prompt": "one"}]', "rename it"),
+        ("asked.jsonl", '{"prompt": "a\\ud800"}', "prompt 1 of .*half a surrogate pair"),
+        (
+            "asked.jsonl",
+            '{"messages": [{"role": "user", "content": "\\udc00"}]}',
+            "half a surrogate pair",
+        ),
+        ("asked.jsonl", '{"prompt": "one"}\n{"prompt', "asked.jsonl:2 is no JSON"),
+        ("asked.jsonl", "", "holds no prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_told(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("tokenizer_config.json", '{"bos_token": 3}', "tokenizer_config.json says bos_token=3"),
+        ("special_tokens_map.json", '["bos"]', "special_tokens_map.json cannot be read"),
+        ("special_tokens_map.json", "{", "special_tokens_map.json cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": "<|eos|>", "model_max_length": "a"}', "no token"),
+        ("tokenizer.json", "{}", r"tokenizer.json cannot be read"),
+        ("tokenizer.json", "", r"tokenizer.json cannot be read"),
+    ],
+)
+def test_the_file_of_a_tokenizer_that_is_odd_is_named(folder, file, text, words):
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        encoded([Prompt("a")], tokenizers.load(folder), folder, behind_bos=False)
+
+
+@pytest.mark.parametrize("odd", [3, True, {"a": 1}, [3], [{"name": "a"}], [{"name": ["a"]}]])
+def test_a_template_that_is_none_is_told(folder, odd):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": odd}))
+    with pytest.raises(ValueError, match="neither a text nor a list"):
+        chat_template(tokenizers.load(folder), folder, today=True)
+
+
+def test_a_template_of_another_encoding_is_told_by_its_file(folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"^\S*chat_template.jinja cannot be read"):
+        chat_template(tokenizers.load(folder), folder, today=True)

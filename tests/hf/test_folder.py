@@ -140,9 +140,38 @@ def test_a_truncated_file_a_missing_shard_and_a_wrong_index_are_refused(tmp_path
     first.unlink()
     assert f"lacks {first.name}" in refusal(path, out)
     first.write_bytes(second.read_bytes())
-    assert "names tensors that no file holds" in refusal(path, out)
+    assert "names tensors that their files do not hold" in refusal(path, out)
     (path / folder.INDEX).unlink()
     assert f"but no {folder.INDEX}" in refusal(path, out)
+
+
+def test_an_index_decides_which_file_a_tensor_is_from(tmp_path):
+    path = tmp_path / "hf"
+    save(path, CASES["llama"], shapes_of(CASES["llama"]), shard_bytes=20_000)
+    index = json.loads((path / folder.INDEX).read_text())
+    (name, place), other = next(iter(index["weight_map"].items())), "model-copy.safetensors"
+
+    def says(file):
+        changed = index["weight_map"] | {name: file}
+        (path / folder.INDEX).write_text(json.dumps({"weight_map": changed}))
+
+    (path / other).write_bytes((path / place).read_bytes())
+    says(other)
+    assert folder.open_folder(path).tensors[name].file.name == other
+    says(next(file for file in index["weight_map"].values() if file != place))
+    said = refusal(path, tmp_path / "out")
+    assert f"that their files do not hold: {name} (" in said
+    for odd in (3, None, [place]):
+        says(odd)
+        assert "not readable as an index" in refusal(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [3, None, ["F32"]])
+def test_a_header_whose_dtype_is_no_text_is_unreadable(llama, tmp_path, kind):
+    file = llama[0] / "model.safetensors"
+    header = json.dumps({"a": {"dtype": kind, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "its header is unreadable" in refusal(llama[0], tmp_path / "out")
 
 
 def test_code_of_the_model_s_own_is_never_run(llama, tmp_path):
@@ -180,7 +209,10 @@ def test_tensors_of_a_kind_that_no_model_here_has_are_named(llama, tmp_path, cod
     assert f"neither float32, float16 nor bfloat16: lm_head.weight ({code})" in said
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": "<|end|>"}'])
+ODD_ENDS = ['"<|end|>"', "-1", "true", "2.0", "10000000000", "[[1]]"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", *(f'{{"eos_token_id": {end}}}' for end in ODD_ENDS)])
 def test_a_generation_config_that_is_none_is_told(tmp_path, text):
     assert kept.generation(tmp_path) == {}
     (tmp_path / "generation_config.json").write_text(text)
