@@ -86,6 +86,30 @@ def environment(parser: Parser, pairs: list[str]) -> dict[str, str]:
     return found
 
 
+def workdir(command: list[str]) -> str | None:
+    """The work folder that a command names, "" if it leaves it to the recipe (a relative one, as a
+    rule); None if it does not train."""
+    if "jaxlm.train" not in command:
+        return None
+    found = ""
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--config.workdir", "-config.workdir"):
+            found = value if equals else after
+    return found
+
+
+def require_shared_workdir(parser: Parser, command: list[str], hosts: int) -> None:
+    """Ends with a sentence where several hosts would train into folders of their own."""
+    named = workdir(command)
+    if hosts > 1 and named is not None and not named.startswith("/"):
+        said = f"--config.workdir={named} is" if named else "without --config.workdir it is"
+        parser.error(
+            f"{hosts} hosts train into one work folder, and {said} a folder of each one's own: "
+            "name one on a file system that all of them share, such as --config.workdir=/mnt/runs/a"
+        )
+
+
 def line(command: list[str]) -> str:
     """A command as one line of shell."""
     return shlex.join(command)

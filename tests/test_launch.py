@@ -24,7 +24,11 @@ from launch.tpu_vm import __main__ as tpu_vm
 ROOT = Path(__file__).parents[1]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 README = (ROOT / "launch" / "README.md").read_text()
-COMMAND = ["python", "-m", "jaxlm.train", "--config=configs/a b.py", "--config.name=it's $HOME"]
+COMMAND = [
+    *("python", "-m", "jaxlm.train", "--config=configs/a b.py", "--config.name=it's $HOME"),
+    "--config.workdir=/runs/a",
+]
+VOLUME = "--volume=claim:/runs"
 TPU = ["--topology=v5e:16x16", "--image=repo/jaxlm:1"]
 GPU = ["--gpu=nvidia-h100-80gb", "--nodes=4", "--image=repo/jaxlm:1"]
 VM = ["--topology=v5e:4x4", "--zone=us-west4-a"]
@@ -65,10 +69,65 @@ def test_a_wrong_option_is_one_sentence(module, options, says, capsys):
     assert says in line
 
 
+TRAIN = ["--", "python", "-m", "jaxlm.train", "--config=a.py"]
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "workdir", "says"),
+    [
+        (
+            tpu_vm,
+            VM,
+            "",
+            "4 hosts train into one work folder, and without --config.workdir it is a",
+        ),
+        (tpu_vm, VM, "=runs/a", "--config.workdir=runs/a is a folder of each one's own"),
+        (tpu_vm, VM, "=~/runs/a", "each one's own"),
+        (tpu_vm, VM, " runs/a", "--config.workdir=runs/a is"),
+        (gke, [*TPU, "--via=xpk", "--cluster=c"], "=runs/a", "64 hosts train into one"),
+        (gke, TPU, "=/runs/a", "lies in the pod, and goes with it: add --volume=CLAIM:/PATH"),
+        (gke, [*TPU, VOLUME], "=/run/a", "--config.workdir=/runs/NAME"),
+        (gke, [*TPU, VOLUME], "=/runs-of-others/a", "--config.workdir=/runs/NAME"),
+        (gke, [*GPU, VOLUME], "", "(the recipe names one) lies in the pod"),
+    ],
+)
+def test_hosts_that_would_each_train_into_their_own_folder_are_not_started(
+    module, options, workdir, says, capsys
+):
+    named = f"--config.workdir{workdir}".split(" ") if workdir else []
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--dry_run", *options, *TRAIN, *named])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert not said.out
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (tpu_vm, ["--topology=v5e:2x2", "--zone=a"], TRAIN),  # one host
+        (tpu_vm, VM, [*TRAIN, "--config.workdir=/mnt/a"]),
+        (tpu_vm, VM, ["--", "python", "-m", "jaxlm.evaluate", "--checkpoint=runs/a"]),
+        (gke, [*TPU, VOLUME], [*TRAIN, "--config.workdir", "/runs/a"]),
+        (gke, [*TPU, VOLUME], [*TRAIN, "--config.workdir=/runs"]),
+        (slurm, ["--nodes=2"], TRAIN),  # all nodes see the folder that it starts in
+    ],
+)
+def test_one_folder_for_all_is_enough(module, options, words, capsys):
+    assert module.main(["--dry_run", *options, *words]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_one_pod_without_a_volume_is_warned_of(capsys):
+    assert gke.main(["--dry_run", "--gpu=nvidia-l4", "--image=i", *TRAIN]) == 0
+    assert "lies in the pod, and goes with it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", [slurm, gke, tpu_vm])
 def test_without_the_scheduler_it_says_so(module, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    options = {slurm: [], gke: TPU, tpu_vm: VM}[module]
+    options = {slurm: [], gke: [*TPU, VOLUME], tpu_vm: VM}[module]
     with pytest.raises(SystemExit):
         module.main([*options, "--", *COMMAND])
     assert re.search(r"there is no (sbatch|kubectl|gcloud) here", capsys.readouterr().err)
@@ -81,6 +140,15 @@ def test_help(name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"usage: python -m launch.{name} [OPTIONS] -- python -m jaxlm.train" in done.stdout
+
+
+def test_what_the_documentation_says_of_pods_can_be_launched(capsys):
+    text = (ROOT / "docs" / "pod.md").read_text()
+    calls = re.findall(r"^python -m launch\.(\w+) ((?:.*\\\n)*.*)$", text, re.M)
+    assert [name for name, _ in calls] == ["slurm", "gke", "tpu_vm"]
+    for name, options in calls:
+        {"slurm": slurm, "gke": gke, "tpu_vm": tpu_vm}[name].main(words(options))
+        assert not capsys.readouterr().err
 
 
 def test_the_readme_shows_what_dry_runs_print(capsys):
@@ -190,7 +258,7 @@ def _parsed(module, options, command):
 def test_the_manifest_is_a_jobset(options, capsys):
     """Held against the models that are generated from the API's published description."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra dev")
-    more = ["--volume=claim:/runs", "--queue=team", "--service_account=me", "--env=A=b"]
+    more = [VOLUME, "--queue=team", "--service_account=me", "--env=A=b"]
     manifest = _manifest(dry(gke, [*options, *more], capsys))
     read = models.JobsetV1alpha2JobSet.from_dict(manifest)
     assert not lost(manifest, read.to_dict()), "fields that the API does not know"
@@ -205,7 +273,7 @@ def test_the_manifest_is_a_jobset(options, capsys):
 
 def test_an_unknown_field_would_be_seen(capsys):
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra dev")
-    manifest = _manifest(dry(gke, TPU, capsys))
+    manifest = _manifest(dry(gke, [*TPU, VOLUME], capsys))
     manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backOffLimit"] = 1
     read = models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
     assert lost(manifest, read) == ["/spec/replicatedJobs/0/template/spec/backOffLimit"]
@@ -235,7 +303,7 @@ def test_yaml_reads_back():
 
 
 def test_gpu_pods_are_told_where_process_0_is(capsys):
-    manifest = _manifest(dry(gke, [*GPU, "--name=big"], capsys))
+    manifest = _manifest(dry(gke, [*GPU, VOLUME, "--name=big"], capsys))
     job = manifest["spec"]["replicatedJobs"][0]
     pod = job["template"]["spec"]["template"]["spec"]
     env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
@@ -247,7 +315,7 @@ def test_gpu_pods_are_told_where_process_0_is(capsys):
     attempt = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
     told = {e["name"]: e.get("valueFrom") for e in pod["containers"][0]["env"]}
     assert told["JAXLM_RESTARTS"] == {"fieldRef": {"fieldPath": attempt}}
-    alone = _manifest(dry(gke, ["--gpu=nvidia-l4", "--image=i"], capsys))
+    alone = _manifest(dry(gke, ["--gpu=nvidia-l4", "--image=i", VOLUME], capsys))
     assert "JAX_" not in json.dumps(alone)
 
 

@@ -62,9 +62,35 @@ def check(p: options.Parser, o) -> None:
         )
 
 
+def check_workdir(p: options.Parser, o, command: list[str]) -> None:
+    """All pods train into one folder, which has to outlive them: on a volume."""
+    jobs, pods = _size(o)
+    if o.via == "xpk":  # which attaches volumes itself
+        options.require_shared_workdir(p, command, jobs * pods)
+        return
+    named = options.workdir(command)
+    if named is None:
+        return
+    path = o.volume.partition(":")[2] if o.volume else ""
+    if path and (named + "/").startswith(path.rstrip("/") + "/"):
+        return
+    words = (
+        f"the work folder ({named or 'the recipe names one'}) lies in the pod, and goes with it: "
+        f"add --volume=CLAIM:/PATH, and to the command --config.workdir={path or '/PATH'}/NAME"
+    )
+    if jobs * pods > 1:
+        p.error(words)
+    print(f"{p.prog}: {words}", file=sys.stderr)
+
+
+def _size(o):
+    """Jobs, and pods of each."""
+    return (o.slices, o.topology.hosts) if o.topology else (1, o.nodes)
+
+
 def jobset(p: options.Parser, o, command: list[str]) -> dict:
     """The manifest, as kubectl takes it."""
-    jobs, pods = (o.slices, o.topology.hosts) if o.topology else (1, o.nodes)
+    jobs, pods = _size(o)
     container = {"name": WORKER, "image": o.image, "command": command}
     pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": o.grace}
     env = [_annotation("JAXLM_RESTARTS", "jobset.sigs.k8s.io/restart-attempt")]
@@ -170,6 +196,7 @@ def main(argv: list[str]) -> int:
     p = parser()
     o, command = p.split(argv)
     check(p, o)
+    check_workdir(p, o, command)
     if o.via == "xpk":
         call, text = xpk(p, o, command), None
     else:

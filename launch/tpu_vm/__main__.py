@@ -205,6 +205,7 @@ def main(argv: list[str]) -> int:
             p.error(f"--{name} is missing")
     if o.spot and o.reserved:
         p.error("give one of --spot and --reserved")
+    options.require_shared_workdir(p, command, o.slices * o.topology.hosts)
     slices = Slices(o)
     if o.dry_run:
         print("# would run, in this order:")
