@@ -338,4 +338,4 @@ def _refuse(flags):
 
 
 if __name__ == "__main__":
-    process.run(main)
+    process.run(main, room="take a smaller --batch_tokens, or more devices")

@@ -237,4 +237,4 @@ def _flags():
 
 
 if __name__ == "__main__":
-    process.run(main)
+    process.run(main, room="generate fewer --rows at a time, or on more --devices")
