@@ -28,6 +28,7 @@ from jaxlm.models.options import DecoderConfig, anywhere, resolve
 from jaxlm.models.proof import require_right
 from jaxlm.models.transformer import decoder
 from jaxlm.sharding import MeshSpec
+from jaxlm.stored import Stored
 
 SHARE = 0.7  # of a device's memory that params may take; the rest is for caches and logits
 
@@ -40,7 +41,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     model: DecoderConfig
     mesh: jax.sharding.Mesh
-    length: int  # tokens of context that it was trained with
+    length: int  # tokens of context: those it was trained with, unless others are wished
     folder: Path  # of the tokenizer, where a chat template lies too if there is one
     ends: frozenset[int]  # tokens that end a text: eos, and what a generation_config.json names
 
@@ -51,16 +52,19 @@ def open_model(
     step: int | None = None,
     devices: list | int = 0,
     which: str = "",
+    dtype: str = "",
+    length: int = 0,
     say: Callable[[str], None] = print,
 ) -> Opened:
     """The model of a folder, its params laid out on `devices`.
 
     `step`: of the checkpoint; None = the newest good one. `devices`: which, or how many of this
     machine; 0 = as few as the model fits into, and where several processes run together, all.
-    `which`: an extra of a run in the place of its params, such as their average "ema". `say` is
+    `which`: an extra of a run in the place of its params, such as their average "ema". `dtype`: of
+    params and products; "" = as they are. `length`: tokens of context; 0 = as in training. `say` is
     called with a sentence about each checkpoint that is skipped. Raises `ValueError` for people.
     """
-    spec, found = MeshSpec(), stored.look(path)
+    spec, found = MeshSpec(), _wished(stored.look(path), dtype, length, say)
     if isinstance(devices, int) and cluster.several():
         devices = jax.devices()
     elif isinstance(devices, int):
@@ -80,8 +84,6 @@ def open_model(
     model = fitting(found.options, devices[0], say)
     tokenizer = tokenizers.load(found.tokenizer)
     hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
-    # Beyond a table of positions there is no row to look up.
-    length = min(found.length, model.learned_positions or found.length)
     with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
         require_right(model, mesh)
         lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
@@ -91,7 +93,24 @@ def open_model(
     if found.run and found.run.data.structured:  # the template's, which ended each answer
         ends |= chat.stops(tokenizer, found.tokenizer)
     where = found.tokenizer.absolute()
-    return Opened(lm, params, tokenizer, model, mesh, length, where, ends)
+    return Opened(lm, params, tokenizer, model, mesh, found.length, where, ends)
+
+
+def _wished(found: Stored, dtype: str, length: int, say: Callable[[str], None]) -> Stored:
+    """With these, where they are given."""
+    options, rows = found.options, found.options.learned_positions
+    if dtype:
+        options = dataclasses.replace(options, dtype=dtype, param_dtype=dtype)
+    if rows and length > rows:
+        raise ValueError(
+            f"--max_length={length}: {found.folder} has a table of {rows:,} positions, and none "
+            "beyond"
+        )
+    if length > found.length:
+        say(f"Note: it was trained with a context of {found.length:,} tokens, and gets {length:,}.")
+    # Beyond a table of positions there is no row to look up.
+    length = length or min(found.length, rows or found.length)
+    return found._replace(options=options, length=length)
 
 
 def placed(options: DecoderConfig, devices: list, count: int = 0) -> tuple[list, MeshSpec]:

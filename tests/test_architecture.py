@@ -75,8 +75,9 @@ MAY_IMPORT = {
     "train": BASE | TOP | {"columns", "restarts", "tasks", "together"},
     "convert": BASE | TOP,
     "plan": BASE | TOP | {"plan", "chips"},
-    "generate.__main__": BASE | TOP | {"opened"},
-    "evaluate": BASE | TOP | {"evaluate", "opened"},
+    "openflags": {"host", "models", "opened"},
+    "generate.__main__": BASE | TOP | {"openflags"},
+    "evaluate": BASE | TOP | {"evaluate", "opened", "openflags"},
     "studies": BASE | TOP | {"studies", "train"},
 }
 FILES = sorted((ROOT / "jaxlm").rglob("*.py"))

@@ -107,3 +107,19 @@ def test_products_are_not_rounded_where_nothing_multiplies_what_they_are_rounded
     assert not said
     assert fitting(model, of_kind("NVIDIA A100-SXM4-80GB"), said.append).quantize == "off"
     assert "A100" in said[0]
+
+
+def test_a_model_is_opened_in_another_dtype_and_for_another_length(tmp_path):
+    said = []
+    workdir = run_of(tmp_path)
+    short = open_model(workdir, dtype="bfloat16", length=20, say=said.append)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(short.params)} == {"bfloat16"}
+    assert (short.model.dtype, short.length, said) == ("bfloat16", 20, [])
+    assert open_model(workdir, length=99, say=said.append).length == 99
+    assert said == ["Note: it was trained with a context of 32 tokens, and gets 99."]
+
+
+def test_beyond_a_table_of_positions_is_nothing(tmp_path):
+    workdir = run_of(tmp_path, steps=(), learned_positions=40)
+    with pytest.raises(ValueError, match=r"--max_length=41: .* a table of 40 positions"):
+        open_model(workdir, length=41)

@@ -7,9 +7,10 @@
     python -m jaxlm.evaluate --checkpoint=runs/dpo --lengths=length_instructed_alpaca_baseline.json
         --chat [--scales=1,0.5,0.3] [--judge=my.module:function] [--limit=N] [--log_samples]
 
-The model lies on all devices of this machine, or of all processes that are started together (see
-launch/); process 0 writes. Results are lm-eval's own JSON, in evaluations/ of a work folder, or in
---output=FOLDER. Nothing is downloaded without --download. docs/evaluation.md says more.
+The model lies on all devices of this machine (--devices=N: on N), or of all processes that are
+started together (see launch/); process 0 writes. Results are lm-eval's own JSON, in evaluations/ of
+a work folder, or in --output=FOLDER. Nothing is downloaded without --download. docs/evaluation.md
+says more.
 """
 
 from jaxlm.host import process
@@ -27,7 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; ours is one
 
 import jax
 
-from jaxlm import files, report
+from jaxlm import files, openflags, report
 from jaxlm.data.chat import of_folder
 from jaxlm.evals import length_files, stream, tasks
 from jaxlm.evals.model import Model
@@ -35,7 +36,7 @@ from jaxlm.evaluate import answers, compress, lengths, write
 from jaxlm.generate import prompts
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
-from jaxlm.opened import Opened, open_model
+from jaxlm.opened import Opened
 from jaxlm.stored import is_run
 
 
@@ -85,7 +86,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
             lm,
             loaded,
             writer=cluster.process() == 0,
-            model_args={"pretrained": flags.checkpoint} | _extra(flags),
+            model_args={"pretrained": flags.checkpoint} | openflags.told(flags),
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
             use_cache=cache,
@@ -103,7 +104,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     head, rows = tasks.table(results)
     console.table(rows, head)
     tracker.general_config_tracker.log_end_time()
-    told = dataclasses.asdict(tracker.general_config_tracker) | _extra(flags)
+    told = dataclasses.asdict(tracker.general_config_tracker) | openflags.told(flags)
     _keep(
         flags,
         console,
@@ -200,13 +201,7 @@ def _turns(system: str, text: str) -> list[dict[str, str]]:
 
 def _opened(flags, console) -> tuple[Model, Opened]:
     with console.phase(2, 3, "model", f"opening {flags.checkpoint}"):
-        opened = open_model(
-            flags.checkpoint,
-            step=flags.step,
-            devices=jax.devices(),
-            which=flags.params,
-            say=console.warn,
-        )
+        opened = openflags.opened(flags, console.warn, every=True)
         # Training puts a bos before each document, whatever the tokenizer does by itself.
         bos = {"on": True, "off": False}.get(flags.bos, True if is_run(flags.checkpoint) else None)
         model = Model(
@@ -237,13 +232,9 @@ def _keep(flags, console, put):
         console.say("  --output=FOLDER keeps the results")
 
 
-def _of(flags) -> dict[str, str]:
+def _of(flags) -> dict[str, Any]:
     """What was evaluated, for the files of results."""
-    return {"checkpoint": flags.checkpoint} | _extra(flags)
-
-
-def _extra(flags) -> dict[str, str]:
-    return {"params": flags.params} if flags.params else {}
+    return {"checkpoint": flags.checkpoint} | openflags.told(flags)
 
 
 def _parameters(params):
@@ -258,13 +249,7 @@ def _flags():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
-    )
-    add("--step", type=int, default=None, help="of the checkpoint; the newest")
-    add("--params", default="", help="an extra of a run in their place, such as ema; the params")
+    openflags.add_to(add, "all")
     add("--batch_tokens", type=int, default=0, help="of a batch on one device; 0: some that fit")
     add(
         "--bos",
@@ -308,6 +293,7 @@ def _refuse(flags):
         raise ValueError(
             "nothing to do: give --tasks=NAME,... or --compression=FILE,... or --lengths=FILE"
         )
+    openflags.refuse(flags)
     lengths.scales(flags.scales)
     if flags.tasks:
         tasks.require_lm_eval()

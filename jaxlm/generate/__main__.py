@@ -27,14 +27,13 @@ from typing import Any
 
 import jax
 
-from jaxlm import files
+from jaxlm import files, openflags
 from jaxlm.generate import prompts as read
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.programs import STEPS
 from jaxlm.generate.prompts import Prompt
 from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
-from jaxlm.opened import open_model
 from jaxlm.stored import is_run
 
 SHOWN = 4  # tokens between two looks at the terminal
@@ -55,9 +54,7 @@ def main() -> int:
         cluster.join(where, facts, lambda text: None)
     here = cluster.process() == 0
     say = lambda text: print(text, file=sys.stderr) if here else None
-    opened = open_model(
-        flags.checkpoint, step=flags.step, devices=flags.devices, which=flags.params, say=say
-    )
+    opened = openflags.opened(flags, say, every=False)
     tokenizer = opened.tokenizer
     own = is_run(flags.checkpoint)
     ids = read.encoded(prompts, tokenizer, opened.folder, behind_bos=own)
@@ -135,9 +132,8 @@ def _write(flags, parts, apart):
 
 def _checked(flags):
     """How to sample, and the prompts; whatever is wrong with the flags, before anything starts."""
-    if flags.devices and cluster.place():
-        raise ValueError("--devices: several processes generate on all of theirs; leave it out")
-    for name, least in (("tokens", 1), ("samples", 1), ("rows", 1), ("devices", 0)):
+    openflags.refuse(flags)
+    for name, least in (("tokens", 1), ("samples", 1), ("rows", 1)):
         if getattr(flags, name) < least:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least {least}")
     if "" in flags.stop:
@@ -170,8 +166,11 @@ def _checked(flags):
             f"than the {MOST:,} of one call; ask for some at a time, with --seed for others"
         )
     if flags.chat:
-        message = lambda text: [{"role": "user", "content": text}]
+        before = [{"role": "system", "content": flags.system}] if flags.system else []
+        message = lambda text: [*before, {"role": "user", "content": text}]
         prompts = [p if p.messages else Prompt(messages=message(p.text)) for p in prompts]
+    elif flags.system:
+        raise ValueError("--system is a message of a conversation: give --chat too")
     return sampling, prompts
 
 
@@ -187,14 +186,7 @@ def _flags():
             more["help"] = f"{more.get('help', '')} (default: {default})".strip()
         parser.add_argument(*names, default=default, **more)
 
-    add(
-        "--checkpoint",
-        "--workdir",
-        required=True,
-        help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
-    )
-    add("--step", type=int, default=None, help="of the checkpoint; the newest")
-    add("--params", default="", help="an extra of a run in their place, such as ema; the params")
+    openflags.add_to(add, "one that holds the model, else all")
     add(
         "--prompt",
         action="append",
@@ -207,6 +199,7 @@ def _flags():
         action="store_true",
         help="a prompt is a message, for the chat template",
     )
+    add("--system", default="", help="text of the system's message before those prompts")
     add(
         "--keep_end",
         default=False,
@@ -214,7 +207,7 @@ def _flags():
         help="of a prompt that is too long, read only the end",
     )
     add("--output", default="", help="a .jsonl file to write; without it, the terminal")
-    add("--tokens", type=int, default=128, help="new tokens, at most")
+    add("--tokens", "--max_new_tokens", type=int, default=128, help="new tokens, at most")
     add("--stop", action="append", default=[], help="text to end before; may be given again")
     add("--samples", type=int, default=1, help="of each prompt, with seeds that count up")
     add("--seed", type=int, default=0)
@@ -230,9 +223,6 @@ def _flags():
     add("--min_p", type=float, default=0.0, help="keep those this likely against the likeliest")
     add("--repetition_penalty", type=float, default=1.0, help="1: none")
     add("--rows", type=int, default=32, help="generated together, at most")
-    add(
-        "--devices", type=int, default=0, help="0: one that holds the model, else all that are here"
-    )
     return parser
 
 

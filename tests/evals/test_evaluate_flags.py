@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import openflags
 from jaxlm.evals.length import Limited
 from jaxlm.evaluate import __main__ as command
 from jaxlm.evaluate import lengths, write
@@ -24,12 +25,27 @@ from tests.evals.judges import favourable
         ("--scales=1,2", "above 0 and up to 1"),
         ("--scales=", "above 0 and up to 1"),
         ("--max_tokens=0", "must be at least 1"),
+        ("--max_length=-1", "must be at least 0"),
+        ("--devices=-1", "must be at least 0"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(flag, words):
     flags = command._flags().parse_args(["--checkpoint=x", "--compression=y", flag])
     with pytest.raises(ValueError, match=words):
         command._refuse(flags)
+
+
+def test_more_devices_than_there_are_are_refused():
+    flags = command._flags().parse_args(["--checkpoint=x", "--devices=999"])
+    with pytest.raises(ValueError, match="--devices=999: this machine has"):
+        openflags.opened(flags, print, every=True)
+
+
+def test_files_of_results_say_how_the_model_was_opened():
+    words = ["--checkpoint=x", "--dtype=bfloat16", "--max_length=9", "--devices=1"]
+    flags = command._flags().parse_args(words)
+    assert openflags.told(flags) == {"dtype": "bfloat16", "max_length": 9}
+    assert openflags.told(command._flags().parse_args(words[:1])) == {}
 
 
 def test_a_judge_is_a_function_of_ones_own():

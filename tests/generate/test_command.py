@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxlm import openflags
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.generate import __main__ as command
 from jaxlm.generate.engine import Generator, Result
@@ -37,7 +38,7 @@ def run(tmp_path, monkeypatch):
         ends=frozenset({257}),
     )
     monkeypatch.setattr(command, "Generator", Fake)
-    monkeypatch.setattr(command, "open_model", lambda *_, **__: opened)
+    monkeypatch.setattr(openflags, "open_model", lambda *_, **__: opened)
     monkeypatch.setattr(command, "PART", 2)
 
     def main(**flags):
@@ -77,7 +78,7 @@ def test_the_help_says_what_is_usual(capsys, monkeypatch):
         command.main()
     said = " ".join(capsys.readouterr().out.split())
     for flag, usual in (("top_p", 1.0), ("tokens", 128), ("temperature", 0.8)):
-        assert f"(default: {usual})" in said.partition(f" --{flag} {flag.upper()} ")[2][:99]
+        assert f"(default: {usual})" in said.partition(f" --{flag} {flag.upper()}")[2][:99]
 
 
 def test_answers_are_in_a_file_before_all_are_there(run, tmp_path):
@@ -124,6 +125,8 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, place, words):
         ("--temperature=inf", "--temperature=inf has to be"),
         ("--top_p=2", "--top_p=2.0 has to be at least 0 and at most 1"),
         ("--stop=", "--stop is empty"),
+        ("--max_length=-1", "--max_length=-1 must be at least 0"),
+        ("--system=Be kind.", "give --chat too"),
         ("--prompt=\udcff", "half a surrogate pair"),
     ],
 )
@@ -135,3 +138,11 @@ def test_flags_that_mean_nothing_are_refused(flag, words):
 def test_more_tokens_than_can_be_counted_are_refused(run):
     with pytest.raises(ValueError, match="prompt 1 asks for 3,000,000,000 tokens"):
         run(tokens=3_000_000_000)
+
+
+def test_a_message_of_the_system_stands_before_each_prompt():
+    words = ["--checkpoint=x", "--chat", "--system=Be kind.", "--prompt=one", "--prompt=two"]
+    _, prompts = command._checked(command._flags().parse_args(words))
+    system = {"role": "system", "content": "Be kind."}
+    asked = [[system, {"role": "user", "content": text}] for text in ("one", "two")]
+    assert [prompt.messages for prompt in prompts] == asked
