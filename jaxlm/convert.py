@@ -19,7 +19,6 @@ from jaxlm.host import process
 
 process.start(__name__)
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -44,6 +43,7 @@ from jaxlm.hf.family import whole
 from jaxlm.hf.kept import Kept
 from jaxlm.hf.load import stream
 from jaxlm.host import cluster
+from jaxlm.host.arguments import Parser
 from jaxlm.models.options import DTYPES, DecoderConfig, anywhere
 from jaxlm.models.transformer import decoder
 
@@ -93,9 +93,9 @@ def to_hf(
 
     Raises `ValueError` for whatever is wrong.
     """
+    model = _model(source)
     place = params.verified(source, step=step, say=say, which=which)
     shapes = params.saved_shapes(place, which)
-    model = _model(source)
     family = FAMILIES[model.hf["model_type"]]
     if model.inside:
         say(
@@ -287,19 +287,17 @@ def main() -> int:
 def _next(out: Path) -> str:
     """What can be done with a folder that from-hf made."""
     if (out / "tokenizer").is_dir():
-        return f"Try: {sys.executable} -m jaxlm.generate --checkpoint={out} --prompt=..."
+        checkpoint = shlex.quote(f"--checkpoint={out}")
+        return f"Try: {sys.executable} -m jaxlm.generate {checkpoint} --prompt=..."
+    start = shlex.quote(f"--config.init.checkpoint={out}")
     return (
-        f"Without a tokenizer it serves for --config.init.checkpoint={out}; for text, put "
+        f"Without a tokenizer it serves for {start}; for text, put "
         f"tokenizer.json and tokenizer_config.json into {out / 'tokenizer'}."
     )
 
 
 def _flags():
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxlm.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m jaxlm.convert", __doc__)
     names = {
         "from-hf": "a Hugging Face folder",
         "to-hf": "a folder of jaxlm's",

@@ -190,8 +190,9 @@ def load(folder: pathlib.Path, name: str = "") -> Tokenizer:
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"the tokenizer {str(folder)!r} is no folder; data.tokenizer is 'bpe', 'byte' or a "
-            f"folder on this machine with tokenizer.json, such as a downloaded Hugging Face model."
+            f"there is no folder of a tokenizer {str(folder)!r}: put tokenizer.json and "
+            "tokenizer_config.json there; in a recipe, data.tokenizer is 'bpe', 'byte', or such a "
+            "folder on this machine, as a downloaded Hugging Face model is."
         )
     if (folder / "tokenizer.json").is_file():
         return _load_fast(folder, name or str(folder))

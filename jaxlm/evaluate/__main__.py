@@ -17,7 +17,6 @@ from jaxlm.host import process
 
 process.start(__name__)
 
-import argparse
 import dataclasses
 import math
 import os
@@ -35,6 +34,7 @@ from jaxlm.evals.model import Model
 from jaxlm.evaluate import answers, compress, lengths, write
 from jaxlm.generate import prompts
 from jaxlm.host import cluster
+from jaxlm.host.arguments import Parser
 from jaxlm.host.console import Console
 from jaxlm.opened import Opened
 from jaxlm.stored import is_run
@@ -242,12 +242,7 @@ def _parameters(params):
 
 
 def _flags():
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxlm.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m jaxlm.evaluate", __doc__)
     add = parser.add_argument
     openflags.add_to(add, "all")
     add("--batch_tokens", type=int, default=0, help="of a batch on one device; 0: some that fit")

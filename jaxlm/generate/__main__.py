@@ -16,7 +16,6 @@ from jaxlm.host import process
 
 process.start(__name__)
 
-import argparse
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from jaxlm.generate.programs import STEPS
 from jaxlm.generate.prompts import Prompt
 from jaxlm.generate.sampling import Sampling
 from jaxlm.host import cluster
+from jaxlm.host.arguments import Parser
 from jaxlm.stored import is_run
 
 SHOWN = 4  # tokens between two looks at the terminal
@@ -175,11 +175,7 @@ def _checked(flags):
 
 
 def _flags():
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxlm.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m jaxlm.generate", __doc__)
 
     def add(*names, default: Any = None, **more):
         if isinstance(default, float) or type(default) is int:

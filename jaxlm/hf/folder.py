@@ -137,7 +137,8 @@ def _config(path: Path) -> Json:
             f"`hf download OWNER/NAME --local-dir {path}`"
         )
     if not is_one(path):
-        what = " but is a folder of jaxlm" if (path / "model.json").is_file() else ""
+        ours = any((path / name).is_file() for name in ("model.json", "run.json"))
+        what = ", but what jaxlm wrote: use it as it is, or write one with to-hf" if ours else ""
         raise ValueError(f"{path} is no folder of a Hugging Face model: no config.json{what}")
     try:
         config = json.loads((path / "config.json").read_text())

@@ -8,7 +8,7 @@ from cases import CASES, save
 from fake import shapes_of
 
 from jaxlm import stored
-from jaxlm.convert import beside_adapter, from_hf
+from jaxlm.convert import beside_adapter, from_hf, to_hf
 from jaxlm.hf import folder, kept, tensors
 
 
@@ -108,6 +108,19 @@ def test_an_adapter_names_the_model_that_the_run_started_from(tmp_path):
     base, said = start("", "")
     assert base == ""
     assert f"to-hf {tmp_path} OUT" in said
+
+
+def test_a_file_and_a_folder_of_the_other_kind_are_told(llama, tmp_path):
+    path, _ = llama
+    with pytest.raises(ValueError, match=rf"config.json is a file; name the folder .*: {path}$"):
+        stored.look(path / "config.json")
+    with pytest.raises(ValueError, match=r"seen from .*hf download OWNER/NAME --local-dir 'my x'"):
+        stored.look("my x")
+    with pytest.raises(ValueError, match="is a Hugging Face folder already"):
+        to_hf(path, tmp_path / "out")
+    from_hf(path, tmp_path / "ours", say=lambda text: None)
+    said = refusal(tmp_path / "ours", tmp_path / "out")
+    assert "what jaxlm wrote: use it as it is, or write one with to-hf" in said
 
 
 def test_no_folder_no_config_no_tensors_pickles(llama, tmp_path):
