@@ -1,6 +1,6 @@
 """Several processes of one command on this machine, as if it were several hosts.
 
-    python launch/local/run.py --processes=4 [--devices=2] [--restarts=3] [--dry_run] COMMAND ...
+    python -m launch.local --processes=4 [--devices=2] [--restarts=3] [--dry_run] -- COMMAND ...
     python launch/local/run.py --processes=2 python -m jaxlm.train --config=configs/quickstart.py
 
 --devices is of each process: its part of the GPUs, or that many fake devices where there is a CPU
@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,10 @@ PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its paren
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m launch.local",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--devices", type=int, default=0, help="of each process; 0: all it sees")
@@ -34,8 +38,14 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what would be started")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     flags = parser.parse_args()
+    if flags.command[:1] == ["--"]:
+        del flags.command[0]
     if flags.processes < 1 or not flags.command:
         parser.error("at least one process, and a command")
+    if min(flags.devices, flags.restarts) < 0:
+        parser.error("--devices and --restarts are 0 or more")
+    if not shutil.which(flags.command[0]):
+        parser.error(f"there is no program {flags.command[0]}")
     for start in range(flags.restarts + 1):
         port = free_port()
         places = [environment(flags, i, port, start) for i in range(flags.processes)]

@@ -7,6 +7,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from launch.local import run
+
 RUN = pathlib.Path(__file__).parents[2] / "launch" / "local" / "run.py"
 
 
@@ -55,6 +59,28 @@ def test_a_death_starts_all_again(tmp_path):
 
 def test_what_starting_again_cannot_mend_is_not_started_again():
     assert launch("--processes=2", "--restarts=3", script="exit $JAX_PROCESS_ID") == ("", "", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--", "echo", "hi"], ""),
+        (["nosuchprogram"], "there is no program nosuchprogram"),
+        (["--"], "at least one process, and a command"),
+        (["--devices=-1", "echo"], "--devices and --restarts are 0 or more"),
+        (["--restart=3", "echo"], "unrecognized arguments: --restart=3"),
+    ],
+)
+def test_what_is_started_is_looked_at_first(words, said, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--processes=1", *words])
+    if not said:
+        assert run.main() == 0
+        assert capfd.readouterr().out == "hi\n"
+        return
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert said in capfd.readouterr().err
 
 
 def test_restarts_come_to_an_end():
