@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -36,6 +35,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from bench_train import Shape, llama  # noqa: E402  (imports no JAX)
+
+from jaxlm.host import gpu_memory  # noqa: E402  (nor does this)
 
 SHAPES = {
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, 4096, 4),
@@ -291,11 +292,9 @@ def run(job: dict, args, python: str = sys.executable) -> dict:
     """What a job measured in a process of its own, or {"failed": why}."""
     command = [python, __file__, f"--worker={json.dumps(job)}", f"--shape={args.shape}"]
     command += [f"--steps={args.steps}", f"--batch={args.batch}"]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".94", **os.environ}
+    gpu_memory.use()
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=args.limit
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {args.limit} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
