@@ -1,10 +1,14 @@
 """A run that gets no further is not started for ever; one that does, or is asked to stop, is."""
 
+import re
+import sys
 import types
 
 import pytest
+import tiny
 
-from jaxlm import restarts
+from jaxlm import restarts, train
+from jaxlm.config import defaults, flatten
 
 
 @pytest.fixture
@@ -66,3 +70,28 @@ def test_one_that_was_asked_to_stop_counts_for_nothing(start, tmp_path, how):
 def test_who_starts_by_hand_is_never_refused(start, monkeypatch):
     for again in [""] * 6:
         start.crashes(again)
+
+
+def test_training_is_ended_so(monkeypatch, tmp_path):
+    """The command itself, whose work crashes before it begins."""
+
+    def crash(run, console):
+        raise RuntimeError
+
+    monkeypatch.setattr(train, "_work", crash)
+    words = [f"--config={tiny.__file__}", f"--config.workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    for again in range(restarts.MOST):
+        monkeypatch.setenv(restarts.VARIABLE, str(again))
+        with pytest.raises(RuntimeError):
+            train.main()
+    monkeypatch.setenv(restarts.VARIABLE, str(restarts.MOST))
+    with pytest.raises(ValueError, match="3 starts in a row"):
+        train.main()
+
+
+def test_what_helps_where_memory_runs_out_are_keys():
+    keys = re.findall(r"--config\.([\w.]+)", train.ROOM)
+    assert keys
+    assert set(keys) <= flatten(defaults().to_dict()).keys()
+    assert "python -m jaxlm.plan" in train.ROOM
