@@ -219,7 +219,7 @@ def remedy(spec: SourceSpec) -> str:
         return "Leave such files out with glob, as in glob='**/*.txt', or repair them"
     if spec.structured:
         return f"Repair them, or name another format than {spec.format!r} for this source"
-    return "Repair them"
+    return f"Repair them, or name another key than text={spec.text!r}"
 
 
 def _require_rows(spec: SourceSpec) -> None:

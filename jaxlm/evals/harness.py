@@ -184,7 +184,13 @@ class Jaxlm(TemplateLM):
                 f"a task's generation_kwargs name {', '.join(other)}, which cannot be done here; "
                 f"there are {', '.join(SAMPLING)}, do_sample, until and max_gen_toks"
             )
-        sampling = {k: float(v) for k, v in kwargs.items() if k in SAMPLING and v is not None}
+        said = {k: v for k, v in kwargs.items() if k in SAMPLING and v is not None}
+        try:
+            sampling = {name: float(value) for name, value in said.items()}
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"a task's generation_kwargs mean nothing: of {said} all have to be numbers"
+            ) from None
         ids = ids or [self._texts.prefix]  # an empty context, and no bos put before it
         return Prompt(ids[-room:], tokens, tuple(stop for stop in until if stop), sampling)
 

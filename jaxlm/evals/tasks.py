@@ -68,7 +68,8 @@ def evaluate(lm, loaded, *, writer: bool = True, **kwargs) -> dict[str, Any]:
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its parameters
     kwargs = {"bootstrap_iters": BOOTSTRAP if writer else 0} | kwargs
     # What it prints (a line for each bootstrap) is for nobody.
-    with _own_randomness(), _one_process(), contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _own_randomness(), _one_process(), _no_word_of_git(), quiet:
         try:
             return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **kwargs)
         except ValueError as error:
@@ -143,6 +144,8 @@ def _resolve(manager, name) -> list[str]:
         return [name]
     if set("*?") & set(name) and (found := manager.match_tasks([name])):
         return found
+    if Path(f"{name}.yaml").is_file():
+        raise ValueError(f"there is no task {name!r}, but a file: give {name}.yaml")
     near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
     raise ValueError(
         f"there is no task {name!r}; "
@@ -222,6 +225,21 @@ def _one_process() -> Iterator[None]:
             os.environ.pop("DISABLE_MULTIPROC")
         else:
             os.environ["DISABLE_MULTIPROC"] = before
+
+
+@contextlib.contextmanager
+def _no_word_of_git() -> Iterator[None]:
+    """Outside of a repository git says on the terminal that there is none, when lm-eval asks it."""
+    from lm_eval import evaluator
+
+    asks = evaluator.get_git_commit_hash
+    here = Path.cwd()
+    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+        evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 def parse(names: str) -> tuple[str, ...]:

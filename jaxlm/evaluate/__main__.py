@@ -297,6 +297,10 @@ def _refuse(flags):
     for name, low in least.items():
         if (value := getattr(flags, name)) is not None and value < low:
             raise ValueError(f"--{name}={value} must be at least {low}")
+    if odd := [one for one in filter(None, flags.gen_kwargs.split(",")) if "=" not in one]:
+        raise ValueError(
+            f"--gen_kwargs={flags.gen_kwargs}: {odd[0]!r} is no NAME=VALUE, as max_gen_toks=64 is"
+        )
     if not flags.min_k <= 100:
         raise ValueError(f"--min_k={flags.min_k:g} is a share in percent, at most 100")
     if flags.limit is not None and not 0 < flags.limit < math.inf:

@@ -25,6 +25,7 @@ from tests.evals.judges import favourable
         ("--scales=1,2", "above 0 and up to 1"),
         ("--scales=", "above 0 and up to 1"),
         ("--max_tokens=0", "must be at least 1"),
+        ("--gen_kwargs=temperature=1,top", "'top' is no NAME=VALUE"),
         ("--max_length=-1", "must be at least 0"),
         ("--devices=-1", "must be at least 0"),
     ],

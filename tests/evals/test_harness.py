@@ -54,6 +54,9 @@ def test_how_to_generate_is_refused_in_our_words(folder):
     ask = Instance("generate_until", {}, ("a", {"temperature": "abc"}), 0)
     with pytest.raises(ValueError, match=r"generation_kwargs mean nothing: .*'abc'"):
         model.generate_until([ask])
+    ask = Instance("generate_until", {}, ("a", {"top_p": "hot", "max_gen_toks": 8}), 0)
+    with pytest.raises(ValueError, match=r"'top_p': 'hot', .* all have to be numbers"):
+        model.generate_until([ask])
 
 
 def test_an_empty_context_is_the_bos(tmp_path):

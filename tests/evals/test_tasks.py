@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,24 @@ def test_an_unknown_task_names_the_nearest(folder, monkeypatch):
     monkeypatch.setattr(tasks, "_manager", lambda *a: small)  # reading all 14,000 files takes 10 s
     with pytest.raises(ValueError, match=r"no task 'local_chioce'; did you mean local_choice"):
         tasks.load(("local_chioce",), include=str(folder))
+
+
+def test_a_file_whose_ending_was_left_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ValueError, match=r"no task 'mine', but a file: give mine\.yaml"):
+        tasks._resolve(SimpleNamespace(task_index={}, all_tasks=["mined"]), "mine")
+
+
+@pytest.mark.slow
+def test_git_says_nothing_where_there_is_no_repository(tmp_path, monkeypatch, capfd):
+    from lm_eval import evaluator
+
+    monkeypatch.chdir(tmp_path)
+    with tasks._no_word_of_git():
+        assert evaluator.get_git_commit_hash() is None
+    assert capfd.readouterr().err == ""
+    assert evaluator.get_git_commit_hash.__name__ == "get_git_commit_hash"
 
 
 @pytest.mark.slow
