@@ -192,7 +192,11 @@ TOO_LARGE = "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
         (f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. {TOO_LARGE}", (20.5, 15.75)),
     ],
 )
-def test_running_out_of_a_devices_memory_is_for_the_user_to_mend(words, sizes, capsys):
+@pytest.mark.parametrize("gpu", ["", "NVIDIA H100"])
+def test_running_out_of_a_devices_memory_is_for_the_user_to_mend(
+    words, sizes, gpu, capsys, monkeypatch
+):
+    monkeypatch.setattr(hardware, "nvidia_gpu", lambda: gpu)
     error = JaxRuntimeError(f"{words}\nand a table")
 
     def main():
@@ -202,7 +206,8 @@ def test_running_out_of_a_devices_memory_is_for_the_user_to_mend(words, sizes, c
         process.run(main, room="take less")
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert said == f"error: a device's memory is too small for this ({words}); take less\n"
+    beside = "; nvidia-smi tells whether other programs hold some" * bool(gpu)
+    assert said == f"error: a device's memory is too small for this ({words}){beside}; take less\n"
     found = exhausted.sizes(error)
     assert (found and tuple(size / 2**30 for size in found)) == sizes
 

@@ -6,6 +6,8 @@ Nothing here imports JAX: an exception is known by the name of its type and by i
 import re
 from typing import NamedTuple
 
+from jaxlm.host import hardware
+
 # "... Used 20.15G of 15.75G hbm" of the TPU's compiler, or "... temporaries (101.71G) exceeds
 # available HBM (95.74G)".
 SIZES = re.compile(
@@ -46,4 +48,5 @@ def sizes(error: BaseException) -> Sizes | None:
 def sentence(error: BaseException, remedy: str) -> str:
     """What to tell the user, with XLA's own first words."""
     said = " ".join(str(error).split("\n")[0].split())[:200]
-    return f"a device's memory is too small for this ({said}); {remedy}"
+    beside = "; nvidia-smi tells whether other programs hold some" if hardware.nvidia_gpu() else ""
+    return f"a device's memory is too small for this ({said}){beside}; {remedy}"
