@@ -418,7 +418,7 @@ def worked(cloud):
 
 def test_a_preempted_slice_is_asked_for_anew(cloud, capfd):
     name = f"test-{os.getpid()}"
-    ends_well = ["bash", "-c", f"touch '{cloud}/trained'"]
+    ends_well = ["bash", "-c", f"echo \"restarts: $JAXLM_RESTARTS\"; touch '{cloud}/trained'"]
     assert tpu_vm.main([*VM, f"--name={name}", "--setup=true", "--delete", "--", *ends_well]) == 0
     asks = [call for call in worked(cloud) if call != "describe"]
     # create, setup, start (preempted); give back, create, setup, start; give back
@@ -427,6 +427,7 @@ def test_a_preempted_slice_is_asked_for_anew(cloud, capfd):
     said = capfd.readouterr().out
     assert "the slices are SUSPENDED: given back and asked for anew" in said
     assert "finished after 2 starts" in said
+    assert "restarts: \n" in said  # of the command on these slices: none
 
 
 @pytest.mark.parametrize(("code", "starts"), [(1, 1), (70, 3)])

@@ -109,7 +109,7 @@ def _folder(o):
 def run(p: options.Parser, o, command: list[str]) -> int:
     """The life of the job; returns its exit code."""
     slices = Slices(o)
-    fresh, starts = True, 0
+    fresh, starts, here = True, 0, 0  # here: on these slices, whose loss is nobody's fault
     while True:
         state = _ask(slices.state(), o.poll)
         if state in GONE:
@@ -125,10 +125,11 @@ def run(p: options.Parser, o, command: list[str]) -> int:
             if _ask(slices.state(), o.poll) == "ACTIVE":
                 return code
             continue
+        here = 1 if fresh else here + 1
         fresh = False
         starts += 1
         _say(f"start {starts}")
-        code = _everywhere(slices, remote(p, o, command, starts - 1))
+        code = _everywhere(slices, remote(p, o, command, here - 1))
         if code == 0 or code in options.MEND or starts > o.restarts:
             ended = "finished" if code == 0 else f"ended with code {code}"
             _say(f"{ended} after {starts} start{'s' if starts > 1 else ''}")
