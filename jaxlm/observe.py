@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.evals.objective import ByObjective
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.sampling import Sampling
+from jaxlm.hf import kept
 from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
@@ -78,7 +80,7 @@ class Observer:
             beside=beside or (lambda batch: {}),
         )
         tokenizer = prepared.tokenizer
-        ends = {tokenizer.eos}
+        ends = {tokenizer.eos, *kept.ends(_generation(run))}
         self.template = None
         if prepared.template:
             folder = prepared.tokenizer_folder
@@ -88,7 +90,7 @@ class Observer:
         self.tasks = None
         if run.eval.tasks:
             folder = prepared.tokenizer_folder
-            self.tasks = RunningTasks(built, folder, tokenizer.eos, self._tick_tasks)
+            self.tasks = RunningTasks(built, folder, ends, self._tick_tasks)
         shares = run.eval.shares()
         self.sample_at = {max(1, math.ceil(share * run.steps)): share for share in shares}
         self._compressed: dict[str, Any] = {}
@@ -334,6 +336,14 @@ class Observer:
         """What the model trained on of this source; "" if that is too much to prime xz with."""
         source = next(s for s in self.prepared.sources if s.name == name)
         return training_text(self.prepared, source) if source.characters <= PRIMED_LIMIT else ""
+
+
+def _generation(run) -> dict[str, Any]:
+    """generation_config.json of the Hugging Face model that a run began with, which says what ends
+    a text; {} for none."""
+    if began := kept.read(run.workdir):
+        return began.generation
+    return kept.generation(Path(run.init.hf).expanduser()) if run.init.hf else {}
 
 
 def first_question(documents: Iterable[Document], template: chat.Template, most: int) -> list[int]:

@@ -4,7 +4,7 @@ Their names and data are looked up before anything is compiled; the programs tha
 when the first requests meet them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,21 @@ def loaded(spec: EvalSpec):
 
 
 class RunningTasks:
-    """Evaluates params on the tasks of a run; `folder`: of its tokenizer."""
+    """Evaluates params on the tasks of a run; `folder`: of its tokenizer, `ends`: tokens that end a
+    text, as where the finished model generates."""
 
-    def __init__(self, built: Built, folder: Path, eos: int, tick: Callable[[int, int], None]):
+    def __init__(
+        self,
+        built: Built,
+        folder: Path,
+        ends: Collection[int],
+        tick: Callable[[int, int], None],
+    ):
         run = built.run
         self._loaded, self._limit = loaded(run.eval), run.eval.tasks_limit or None
         # As training does, each text begins with a bos.
         lm, mesh, length = built.scorer, built.mesh, run.data.length
-        self._model = Model(lm, None, folder, mesh, length, {eos}, add_bos=True, tick=tick)
+        self._model = Model(lm, None, folder, mesh, length, ends, add_bos=True, tick=tick)
 
     def results(self, params, *, writer: bool) -> dict[str, Any]:
         """lm-eval's results, without the samples; standard errors only for who writes them."""

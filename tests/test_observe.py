@@ -1,18 +1,26 @@
 """What the loop waits for while it looks at a run, and what it does not wait for."""
 
+import dataclasses
 import io
 import os
 import signal
 import threading
+from contextlib import closing
 
+import jax
 import pytest
+import test_columns
 import tiny
 import whole_runs
 
 from jaxlm import observe, train
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import check
+from jaxlm.data import chat
+from jaxlm.hf import kept
 from jaxlm.host.console import Console
+from jaxlm.metrics import Clock, Writer
+from jaxlm.specs import EvalSpec
 
 
 def test_compressors_are_run_here_where_their_thread_gets_no_time(monkeypatch):
@@ -28,6 +36,23 @@ def test_compressors_are_run_here_where_their_thread_gets_no_time(monkeypatch):
     observer._thread.join()
     observer._wait_for_compressors()
     assert len(done) == 1, "it had come to its end by itself"
+
+
+def test_tasks_end_where_generation_does(tmp_path, monkeypatch):
+    """Also at what a Hugging Face model, which the run began with, and the template name."""
+    test_columns.write_pairs(tmp_path)
+    built, prepared = test_columns.made(tmp_path, tmp_path / "run")
+    run = dataclasses.replace(built.run, eval=EvalSpec(tasks="some"))
+    run.workdir.mkdir()
+    kept.write(run.workdir, kept.Kept(run.model, {}, {"eos_token_id": [65, 66]}))
+    given = []
+    monkeypatch.setattr(observe, "RunningTasks", lambda *args: given.append(args))
+    monkeypatch.setattr(chat.Template, "stops", frozenset({67}))
+    with jax.set_mesh(built.mesh), closing(Writer(run.workdir)) as writer:
+        parts = prepared, Console(stream=io.StringIO()), writer, Clock()
+        observer = observe.Observer(built._replace(run=run), *parts)
+    ((_, _, ends, _),) = given
+    assert ends == observer.generator.ends == {prepared.tokenizer.eos, 65, 66, 67}
 
 
 @pytest.mark.slow
