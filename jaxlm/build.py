@@ -223,7 +223,8 @@ class Built(NamedTuple):
     def load_other(self, name: str):
         """The params of a model of its own (`Extra.model`, `Column.model`)."""
         wanted = sharding.abstract_params(self.lm.others[name], self.mesh)
-        return self.stored[name].load(wanted, how=self.run.checkpoint.verify)
+        found = self.stored[name]
+        return found.load(wanted, found.find(how=self.run.checkpoint.verify))
 
     def start_params(self):
         """The params that a new run starts from; of an adapter its base, as the method holds it."""

@@ -84,7 +84,7 @@ def to_hf(
     out: Path,
     *,
     dtype: str = "",
-    step: int | None = None,
+    step: int | str | None = None,
     shard_bytes: int = 5 * 10**9,
     which: str = "",
     say: Say = print,
@@ -94,7 +94,7 @@ def to_hf(
     Raises `ValueError` for whatever is wrong.
     """
     model = _model(source)
-    place = params.verified(source, step=step, say=say, which=which)
+    place = stored.checkpoint_of(source, step, which=which, say=say)
     shapes = params.saved_shapes(place, which)
     family = FAMILIES[model.hf["model_type"]]
     if model.inside:
@@ -119,13 +119,13 @@ def to_hf(
             _write_json(half / "generation_config.json", model.generation)
 
 
-def to_peft(source: Path, out: Path, *, step: int | None = None, say: Say = print) -> str:
+def to_peft(source: Path, out: Path, *, step: int | str | None = None, say: Say = print) -> str:
     """The adapter of a run with LoRA as a folder of PEFT's; returns what belongs beside it, in a
     sentence. The tokenizer and its chat template lie in that folder too.
 
     Raises `ValueError` if the run has no adapter.
     """
-    place = params.verified(source, step=step, say=say)
+    place = stored.checkpoint_of(source, step, say=say)
     if not (factors := params.adapter_shapes(place)):
         raise ValueError(f"{source} holds no adapter but a whole model: write it with to-hf")
     knobs = params.adapter_facts(place)
@@ -315,7 +315,8 @@ def _flags():
         if way == "from-hf":
             one.add_argument("--adapter", default="", help="a PEFT folder to merge")
         else:
-            one.add_argument("--step", type=int, help="of the checkpoint; the newest")
+            said = "of the checkpoint, or best; the newest"
+            one.add_argument("--step", type=stored.a_step, help=said)
         if way == "to-hf":
             one.add_argument("--shard_gb", type=float, default=5.0, help="a file holds, at most")
             one.add_argument(

@@ -44,12 +44,13 @@ class Opened(NamedTuple):
     length: int  # tokens of context: those it was trained with, unless others are wished
     folder: Path  # of the tokenizer, where a chat template lies too if there is one
     ends: frozenset[int]  # tokens that end a text: eos, and what a generation_config.json names
+    step: int | None  # of the checkpoint of a run
 
 
 def open_model(
     path: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     devices: list | int = 0,
     which: str = "",
     dtype: str = "",
@@ -58,42 +59,35 @@ def open_model(
 ) -> Opened:
     """The model of a folder, its params laid out on `devices`.
 
-    `step`: of the checkpoint; None = the newest good one. `devices`: which, or how many of this
-    machine; 0 = as few as the model fits into, and where several processes run together, all.
-    `which`: an extra of a run in the place of its params, such as their average "ema". `dtype`: of
-    params and products; "" = as they are. `length`: tokens of context; 0 = as in training. `say` is
-    called with a sentence about each checkpoint that is skipped. Raises `ValueError` for people.
+    `step`: of the checkpoint, or "best"; None = the newest good one. `devices`: which, or how many
+    of this machine; 0 = as few as the model fits into, and where several processes run together,
+    all. `which`: an extra of a run in the place of its params, such as their average "ema".
+    `dtype`: of params and products; "" = as they are. `length`: tokens of context; 0 = as in
+    training. `say` is called with a sentence about each checkpoint that is skipped. Raises
+    `ValueError` for people.
     """
     spec, found = MeshSpec(), _wished(stored.look(path), dtype, length, say)
     if isinstance(devices, int) and cluster.several():
         devices = jax.devices()
     elif isinstance(devices, int):
         devices, spec = placed(found.options, jax.devices(), devices)
-    if which and not found.run:
-        raise ValueError(
-            f"--params={which}: {found.folder} holds one model and nothing beside it; averages and "
-            "references lie in the work folders of runs"
-        )
-    if found.source and step is not None:
-        raise ValueError(
-            f"--step={step}: {found.folder} is a Hugging Face folder, which holds one model "
-            "and no steps"
-        )
     for note in found.notes:
         say(f"Note: {note}.")
     model = fitting(found.options, devices[0], say)
     tokenizer = tokenizers.load(found.tokenizer)
     hf.require_rows(tokenizer, model.vocabulary, found.tokenizer)
+    place = found.find(step, which=which, say=say)
     with jax.set_mesh(mesh := sharding.make_mesh(spec, devices)):
         require_right(model, mesh)
         lm = decoder(model, sharding.platform(mesh), sequence=mesh.shape["sequence"])
         # What the mesh does not divide lies whole on each device: refused in training alone.
-        params = found.load(sharding.abstract_params(lm, mesh), step=step, say=say, which=which)
+        params = found.load(sharding.abstract_params(lm, mesh), place, which=which)
     ends = frozenset({tokenizer.eos, *kept.ends(found.generation)})
     if found.run and found.run.data.structured:  # the template's, which ended each answer
         ends |= chat.stops(tokenizer, found.tokenizer)
     where = found.tokenizer.absolute()
-    return Opened(lm, params, tokenizer, model, mesh, found.length, where, ends)
+    at = int(place.name) if found.run else None
+    return Opened(lm, params, tokenizer, model, mesh, found.length, where, ends, at)
 
 
 def _wished(found: Stored, dtype: str, length: int, say: Callable[[str], None]) -> Stored:

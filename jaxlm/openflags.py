@@ -9,6 +9,7 @@ import jax
 from jaxlm.host import cluster
 from jaxlm.models.options import DTYPES
 from jaxlm.opened import Opened, open_model
+from jaxlm.stored import a_step
 
 
 def add_to(add: Callable[..., Any], devices: str) -> None:
@@ -19,7 +20,7 @@ def add_to(add: Callable[..., Any], devices: str) -> None:
         required=True,
         help="the work folder of a run, a folder of jaxlm.convert, or a Hugging Face folder",
     )
-    add("--step", type=int, default=None, help="of the checkpoint; the newest")
+    add("--step", type=a_step, default=None, help="of the checkpoint, or best; the newest")
     add("--params", default="", help="an extra of a run in their place, such as ema; the params")
     kinds = ("", *DTYPES)
     add("--dtype", default="", choices=kinds, help="of params and products; as they are")

@@ -81,7 +81,12 @@ def load(
     `how` a checkpoint is verified: see `checkpoint`; `which`: see `held`. Raises `ValueError` if
     there is none, or it is of another model.
     """
-    folder, checked = find(path, step=step, verify=how, say=say)
+    place = verified(path, step=step, how=how, which=which, say=say)
+    return of_checkpoint(place, abstract, kept=kept, which=which)
+
+
+def of_checkpoint(folder: Path, abstract: Any, *, kept: Kept | None = None, which: str = "") -> Any:
+    """The same of the folder of one checkpoint, verified before."""
     wanted, there = named(abstract), saved_shapes(folder, which)
     same = all(x.dtype == wanted[n].dtype for n, x in there.items() if n in wanted)
     base = _base(folder)
@@ -89,8 +94,7 @@ def load(
         at, item = (base, BASE) if base else (folder, "params")
         return storage.load(at, {item: abstract}, "sizes")[item]  # tells what differs
     if not (kept or base or which) and same and there.keys() == wanted.keys():
-        return storage.load(folder, {"params": abstract}, "sizes" if checked else how)["params"]
-    _verify(folder, checked, how, which)
+        return storage.load(folder, {"params": abstract}, "sizes")["params"]
     read_here = functools.partial(read, folder, which=which)
     return assembled(abstract, stacks.layers(read_here, there, wanted), kept)
 
@@ -99,12 +103,22 @@ def verified(
     path: str | Path,
     *,
     step: int | None = None,
-    say: Callable[[str], None] = print,
+    best: tuple[str, bool] | None = None,
+    how: str = "full",
     which: str = "",
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """The folder of the checkpoint that `load` reads, whose bytes, and its base's, were checked."""
-    folder, checked = find(path, step=step, say=say)
-    _verify(folder, checked, "full", which)
+    """The folder of a checkpoint, all files that are read of it checked: those of its params or of
+    the extra `which`, and of the base of adapters."""
+    items = ("extras",) if which else ("params",)
+    folder, checked = find(path, step=step, best=best, verify=how, items=items, say=say)
+    base, place = _base(folder), held(folder, which).place
+    others = {*((base,) if base else ()), *((place,) if place != folder else ())}
+    for place in (*(() if checked else (folder,)), *others):
+        try:
+            verify(place, how, items=items if place == folder else ())
+        except Damaged as error:
+            raise Damaged(f"{place} cannot be used: {error}") from None
     return folder
 
 
@@ -125,17 +139,6 @@ def held(folder: Path, which: str = "") -> Held:
         there = f"there are {', '.join(found)}" if found else "there are none"
         raise ValueError(f"--params={which}: {folder} has no such params beside its own; {there}")
     return found[which]
-
-
-def _verify(folder, checked, how, which):
-    """A checkpoint, unless it was checked before, the base of one of adapters, and an extra."""
-    base, place = _base(folder), held(folder, which).place
-    others = {*((base,) if base else ()), *((place,) if place != folder else ())}
-    for place in (*(() if checked else (folder,)), *others):
-        try:
-            verify(place, how)
-        except Damaged as error:
-            raise Damaged(f"{place} cannot be used: {error}") from None
 
 
 def saved_shapes(folder: Path, which: str = "") -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,6 +3,7 @@
 A folder is the work folder of a run, one that `jaxlm.convert` made, or a Hugging Face folder.
 """
 
+import argparse
 import dataclasses
 import json
 import shlex
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
+from jaxlm import params
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.hf import folder as hf
 from jaxlm.hf import kept, peft
 from jaxlm.hf.load import load as load_hf
 from jaxlm.models.options import DecoderConfig
-from jaxlm.params import load as load_params
-from jaxlm.specs import Run
+from jaxlm.specs import CheckpointSpec, Run
+
+BEST = "best"  # the step of the checkpoint that `config.checkpoint.keep_best` keeps
 
 
 class Stored(NamedTuple):
@@ -36,20 +39,82 @@ class Stored(NamedTuple):
         """What somebody may want to know of what was not read."""
         return self.source.notes if self.source else []
 
-    def load(
+    def find(
         self,
-        abstract: Any,
+        step: int | str | None = None,
         *,
-        step: int | None = None,
-        how: str = "full",
-        say: Callable[[str], None] = print,
         which: str = "",
-    ) -> Any:
-        """The params as a tree like `abstract`: its shapes, dtypes and shardings; `which`: an extra
-        of that name in their place (`params.held`)."""
+        how: str = "",
+        say: Callable[[str], None] = print,
+    ) -> Path:
+        """Where its params lie, or an extra of a run in their place: see `checkpoint_of`. Raises
+        `ValueError` where it has no such step, or no such extra."""
+        if which and not self.run:
+            raise ValueError(
+                f"--params={which}: {self.folder} holds one model and nothing beside it; averages "
+                "and references lie in the work folders of runs"
+            )
+        if not self.source:
+            return checkpoint_of(self.folder, step, which=which, how=how, say=say)
+        if step is not None:
+            raise ValueError(
+                f"--step={step}: {self.folder} is a Hugging Face folder, which holds one model "
+                "and no steps"
+            )
+        return self.folder
+
+    def load(self, abstract: Any, place: Path | None = None, *, which: str = "") -> Any:
+        """The params as a tree like `abstract`: its shapes, dtypes and shardings. `place`: what
+        `find` found; None = the newest."""
         if self.source:
             return load_hf(self.source, abstract, self.options)
-        return load_params(self.folder, abstract, step=step, how=how, say=say, which=which)
+        return params.of_checkpoint(place or self.find(), abstract, which=which)
+
+
+def checkpoint_of(
+    folder: Path,
+    step: int | str | None = None,
+    *,
+    which: str = "",
+    how: str = "",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The folder of a checkpoint in a work folder, or in one that `jaxlm.convert` made: the newest
+    good one, that of a number, or `BEST`. What is read of it was verified.
+
+    `which`: see `params.held`; `how`: see `checkpoint`; "" = as the run itself does. `say` hears of
+    each that is skipped. Raises `ValueError`.
+    """
+    spec = _keeping(folder)
+    how = how or spec.verify
+    if step != BEST:
+        step = None if step is None else int(step)
+        return params.verified(folder, step=step, how=how, which=which, say=say)
+    figure, side = spec.best()
+    if not figure:
+        raise ValueError(
+            f"--step={BEST}: {folder} has no best checkpoint, since "
+            + ("its config.checkpoint.keep_best is empty" if is_run(folder) else "it is no run")
+            + "; leave --step out for the newest, or give it a number"
+        )
+    best = figure, side == "max"
+    found = params.verified(folder, best=best, how=how, which=which, say=say)
+    say(f"Note: --step={BEST} is step {int(found.name):,}, by {spec.keep_best}.")
+    return found
+
+
+def a_step(text: str) -> int | str:
+    """What --step says."""
+    if text != BEST and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no step: give a number, or {BEST}")
+    return text if text == BEST else int(text)
+
+
+def _keeping(folder: Path) -> CheckpointSpec:
+    """What the config of a run says of its checkpoints; the defaults elsewhere."""
+    flat = _saved(folder) if is_run(folder) else {}
+    known = {f"checkpoint.{field.name}": field.name for field in dataclasses.fields(CheckpointSpec)}
+    return CheckpointSpec(**{name: flat[key] for key, name in known.items() if key in flat})
 
 
 def is_run(folder: str | Path) -> bool:
@@ -112,14 +177,18 @@ def behind(path: str | Path) -> Stored | None:
     return None
 
 
-def _of_run(folder):
+def _saved(folder):
+    """The flat config of a run."""
     try:
-        saved = json.loads((folder / "run.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return configs.flatten(json.loads((folder / "run.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{folder}/run.json cannot be read as what a run writes of itself"
         ) from None
-    run = configs.from_saved(configs.flatten(saved))
+
+
+def _of_run(folder):
+    run = configs.from_saved(_saved(folder))
     began = kept.read(folder)  # if it was with a Hugging Face model
     where = folder / "tokenizer"
     options = run.model

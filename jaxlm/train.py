@@ -178,6 +178,7 @@ def _train(
         if unseen:
             resume = journal.pause()
             unseen = not observer.look(start, state, signals.look_up)
+            checkpoints.add_metrics(start, observer.figures_at(start))
             resume()
         for step in range(start, start if unseen else run.steps):
             if profile.begins(step + 1):
@@ -233,6 +234,7 @@ def _train(
     # ------------------------------------------------ 5 evaluate, 6 report
     with console.phase(5, PHASES, "evaluate", "scoring the held-out text"):
         results = observer.results(state, began)
+        checkpoints.add_metrics(run.steps, observer.figures)
         results["verdict"] = summary.verdict(run, results)
         summary.results(console, run, results)
     with console.phase(6, PHASES, "report", "writing the page"):

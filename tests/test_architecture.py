@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "train": BASE | TOP | {"columns", "restarts", "tasks", "together"},
     "convert": BASE | TOP,
     "plan": BASE | TOP | {"plan", "chips"},
-    "openflags": {"host", "models", "opened"},
+    "openflags": {"host", "models", "opened", "stored"},
     "generate.__main__": BASE | TOP | {"openflags"},
     "evaluate": BASE | TOP | {"evaluate", "opened", "openflags"},
     "studies": BASE | TOP | {"studies", "train"},

@@ -167,6 +167,19 @@ def test_the_best_may_be_the_highest(tmp_path):
         assert checkpoints.steps() == [20, 50]
 
 
+def test_what_is_measured_after_a_save_may_make_it_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_best="loss") as checkpoints:
+        for step, metrics in ((10, {"loss": 2.0}), (20, {}), (30, {"other": 5.0})):
+            checkpoints.save(step, {"params": {"x": jnp.ones(3)}}, {"step": step}, metrics)
+        assert checkpoints.steps() == [10, 30]
+        checkpoints.add_metrics(30, {"loss": 3.0})
+        assert checkpoints.steps() == [10, 30]
+        checkpoints.add_metrics(30, {"loss": 1.0})
+        assert checkpoints.steps() == [30]
+    assert digests.verify(tmp_path / "30").metrics == {"loss": 1.0, "other": 5.0}
+    assert digests.read(tmp_path / "30").about == {"step": 30}
+
+
 def test_a_damaged_one_does_not_count_as_kept(checkpoints):
     flip(data_file(checkpoints.directory / "20"))
     with Checkpoints(checkpoints.directory, keep=2, say=lambda text: None) as again:
@@ -237,6 +250,25 @@ def test_a_damaged_checkpoint_is_skipped_by_name(checkpoints, said, damage, reas
     with pytest.raises(digests.Damaged, match=reason):
         checkpoints.restore(20, abstract(toy()))
     assert_same(checkpoints.restore(10, abstract(toy())), toy(10))
+
+
+def test_of_what_is_opened_only_what_is_read_is_hashed(checkpoints, monkeypatch):
+    """Not older steps, nor other items: which may be many times as much."""
+    hashed, whole = [], digests._hash
+    monkeypatch.setattr(digests, "_hash", lambda path: hashed.append(path) or whole(path))
+    wanted = abstract(toy())["params"]
+    assert_same(load_params(checkpoints.directory, wanted), toy(20)["params"])
+    found = {path.relative_to(checkpoints.directory).parts[:2] for path in hashed}
+    assert {step for step, _ in found} == {"20"}
+    assert {part for _, part in found} & toy().keys() == {"params"}
+    flip(next(p for p in (checkpoints.directory / "20" / "opt_state").rglob("d/*")))
+    assert_same(load_params(checkpoints.directory, wanted), toy(20)["params"])
+    with pytest.raises(digests.Damaged, match=r"the bytes of opt_state/.* have changed"):
+        Checkpoints(checkpoints.directory).restore(20, abstract(toy()))
+    flip(data_file(checkpoints.directory / "20"))
+    assert_same(load_params(checkpoints.directory, wanted), toy(10)["params"])
+    with pytest.raises(ValueError, match=r"no usable checkpoint of step 20 .* there are 10$"):
+        load_params(checkpoints.directory, wanted, step=20)
 
 
 def test_sizes_alone_are_compared_when_asked(checkpoints):

@@ -14,7 +14,7 @@ import tiny
 import whole_runs
 
 from jaxlm import observe, train
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.config import check
 from jaxlm.data import chat
 from jaxlm.hf import kept
@@ -62,6 +62,7 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_it(home, mon
     c.update(workdir=str(home / "cut"), steps=6)
     c.model.layers = 1
     c.eval.update(every=2, samples="")
+    c.checkpoint.update(every=2, keep=9, keep_best="loss/code")
     of = lambda file: [line["step"] for line in whole_runs.lines(home, "cut", file)]
     go = lambda: train.train(check(c), Console(stream=io.StringIO()))
     tick = observe.Observer._tick
@@ -80,4 +81,8 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_it(home, mon
     assert go() == 0
     assert of("metrics.jsonl") == [1, 2, 3, 4, 5, 6]
     assert of("evals.jsonl") == [2, 4, 6]
-    assert "unseen" not in Checkpoints(home / "cut" / "checkpoints").about(6)
+    checkpoints = home / "cut" / "checkpoints"
+    assert "unseen" not in Checkpoints(checkpoints).about(6)
+    for line in whole_runs.lines(home, "cut", "evals.jsonl"):
+        known = storage.read(checkpoints / str(line["step"])).metrics
+        assert known["loss/code"] == line["loss/code"], "also of what was evaluated after the save"

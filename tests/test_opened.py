@@ -1,5 +1,6 @@
 """A model is opened on whatever devices there are, wherever it was trained."""
 
+import argparse
 import json
 from types import SimpleNamespace
 
@@ -7,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import Checkpoints, digest
 from jaxlm.config import check, defaults, nest, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.models.options import DecoderConfig
 from jaxlm.models.transformer import decoder
 from jaxlm.opened import SHARE, fitting, open_model, placed
 from jaxlm.sharding import MeshSpec
+from jaxlm.stored import a_step
 
 SHAPE: dict = {"vocabulary": 64, "width": 32, "layers": 1, "heads": 8, "ffn_width": 64}
 # Embedding, head and two norms; four kernels of attention, three of the feed-forward.
@@ -49,19 +51,24 @@ def test_more_devices_than_there_are_is_refused():
 ODD: dict = {"width": 20, "layers": 2, "heads": 2, "ffn_width": 36, "vocabulary": 259}
 
 
-def run_of(workdir, steps=(3,), **model):
-    """The work folder that a run leaves; its params are drawn from the number of the step."""
+def run_of(workdir, metrics=None, keeping=None, **model):
+    """The work folder that a run leaves; its params are drawn from the number of the step.
+
+    `metrics`: of each step that was saved; `keeping`: config.checkpoint.
+    """
     c = defaults()
     c.workdir = str(workdir)
     c.data.mix.code = source(source="gone")
     c.data.update(tokenizer="byte", length=32)
     c.model.update(ODD | model)
+    c.checkpoint.update({"every": 3} | (keeping or {}))
+    c.eval.every = 3
     tokenizers.save_byte(workdir / "tokenizer")
     (workdir / "run.json").write_text(json.dumps({"config": nest(check(c).config)}))
     init = jax.jit(decoder(DecoderConfig(**ODD), "cpu").init)
     with Checkpoints(workdir / "checkpoints", keep=9) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, {"params": init(jax.random.key(step))}, {"config": {}})
+        for step, known in ({3: {}} if metrics is None else metrics).items():
+            checkpoints.save(step, {"params": init(jax.random.key(step))}, {}, known)
     return workdir
 
 
@@ -120,6 +127,51 @@ def test_a_model_is_opened_in_another_dtype_and_for_another_length(tmp_path):
 
 
 def test_beyond_a_table_of_positions_is_nothing(tmp_path):
-    workdir = run_of(tmp_path, steps=(), learned_positions=40)
+    workdir = run_of(tmp_path, {}, learned_positions=40)
     with pytest.raises(ValueError, match=r"--max_length=41: .* a table of 40 positions"):
         open_model(workdir, length=41)
+
+
+LOSSES = {3: {"loss/code": 3.0}, 6: {"loss/code": 1.0}, 9: {"loss/code": 2.0}, 12: {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("keep_best", "step", "found"),
+    [("loss/code", "best", 6), ("max:loss/code", "best", 3), ("", None, 12), ("", 9, 9)],
+)
+def test_a_step_is_chosen_by_its_number_or_as_the_best(tmp_path, keep_best, step, found):
+    run_of(tmp_path, LOSSES, {"keep_best": keep_best})
+    said = []
+    opened = open_model(tmp_path, step=step, devices=jax.devices()[:1], say=said.append)
+    assert opened.step == found
+    init = jax.jit(decoder(DecoderConfig(**ODD), "cpu").init)
+    jax.tree.map(np.testing.assert_array_equal, opened.params, init(jax.random.key(found)))
+    assert said == [f"Note: --step=best is step {found}, by {keep_best}."] * (step == "best")
+
+
+def test_the_best_that_is_damaged_gives_way_to_the_next(tmp_path):
+    run_of(tmp_path, LOSSES, {"keep_best": "loss/code"})
+    file = max((tmp_path / "checkpoints" / "6").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(b"\0" + file.read_bytes()[1:])
+    assert open_model(tmp_path, step="best", say=lambda text: None).step == 9
+
+
+def test_a_best_step_that_there_is_not_is_told(tmp_path):
+    for name in ("never", "plain"):
+        (tmp_path / name).mkdir()
+    run_of(tmp_path / "never", {3: {}, 6: {"loss/prose": 1.0}}, {"keep_best": "loss/code"})
+    with pytest.raises(ValueError, match=r"was evaluated by 'loss/code' .*; there are 3, 6$"):
+        open_model(tmp_path / "never", step="best")
+    run_of(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"its config.checkpoint.keep_best is empty; leave --step"):
+        open_model(tmp_path / "plain", step="best")
+    with pytest.raises(argparse.ArgumentTypeError, match="'bets' is no step"):
+        a_step("bets")
+    assert (a_step("best"), a_step("30")) == ("best", 30)
+
+
+def test_a_run_that_compares_sizes_alone_is_opened_so(tmp_path, monkeypatch):
+    run_of(tmp_path, keeping={"verify": "sizes"})
+    monkeypatch.setattr(digest, "_hash", lambda path: pytest.fail(f"hashed {path}"))
+    assert open_model(tmp_path).step == 3

@@ -14,13 +14,14 @@ is done to whole folders process 0 does alone, and all agree on which checkpoint
 the same functions in the same order.
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jaxlm.checkpoint import digest as digests
@@ -153,10 +154,47 @@ class Checkpoints:
         """The steps whose checkpoints verify, in order; says which others are skipped, and why."""
         self.wait()
         found = self.inspect()
-        for step, problem in found.items():
-            if problem:
-                self.say(f"Checkpoint {step} is skipped: {problem} ({self.directory / str(step)}).")
-        return [step for step, problem in found.items() if not problem]
+        return [step for step, problem in found.items() if not self._told(step, problem)]
+
+    def is_good(self, step: int, items: Collection[str]) -> bool:
+        """Whether what there is of these items verifies; says why not. The processes share the
+        work."""
+        problem = self._problem(step, cluster.process(), cluster.count(), items)
+        return not self._told(step, cluster.first(cluster.share(problem)))
+
+    def _told(self, step, problem):
+        if problem:
+            self._metrics.pop(step, None)
+            self.say(f"Checkpoint {step} is skipped: {problem} ({self.directory / str(step)}).")
+        return problem
+
+    def newest_first(self) -> list[int]:
+        """Every step that has a folder here, whatever is in it."""
+        return cluster.broadcast(_numbered(self.directory)[::-1])
+
+    def best_first(self) -> list[int]:
+        """Those of them whose `keep_best` is known; of equals the one that was kept first."""
+        there = self.newest_first()
+        for step in there:
+            with contextlib.suppress(Damaged):  # told by who reads it
+                self._metrics[step] = digests.read(self.directory / str(step)).metrics
+        scores = self._scores(there)
+        return cluster.broadcast(sorted(scores, key=lambda step: (scores[step], step)))
+
+    def _scores(self, steps):
+        """Step -> its `keep_best`, the lower the better, where that is known and a number."""
+        of = lambda step: self._metrics.get(step, {}).get(self.keep_best, math.nan)
+        return {s: self._sign * of(s) for s in steps if math.isfinite(of(s))}
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds what was measured of a step after it was saved: it may now be the best one."""
+        if not metrics:
+            return
+        self.wait()
+        if cluster.process() == 0:
+            digests.add_metrics(self.directory / str(step), metrics)
+        self._metrics[step] = self._metrics.get(step, {}) | dict(metrics)
+        self._prune()
 
     def latest(self) -> int | None:
         """The last of `steps()`; None if there is none."""
@@ -237,10 +275,10 @@ class Checkpoints:
             return str(error)
         return ""
 
-    def _problem(self, step, process=0, processes=1):
+    def _problem(self, step, process=0, processes=1, items=()):
         try:
-            folder = self.directory / str(step)
-            found = digests.verify(folder, self.verify, process=process, processes=processes)
+            folder, share = self.directory / str(step), {"process": process, "processes": processes}
+            found = digests.verify(folder, self.verify, items=items, **share)
             if found.step != step:
                 raise Damaged(f"it holds step {found.step}")
         except (Damaged, OSError) as error:
@@ -269,11 +307,8 @@ class Checkpoints:
         if not (good := [s for s in there if known(s)]):
             return
         newest = good[-self.keep :]
-        score = lambda s: self._sign * self._metrics[s].get(self.keep_best, math.nan)
-        scores = {s: score(s) for s in good}
-        best = min(
-            (s for s in good if math.isfinite(scores[s])), key=scores.__getitem__, default=None
-        )
+        scores = self._scores(good)
+        best = min(scores, key=scores.__getitem__, default=None)
         old = [s for s in there if s < newest[0] and s != best]
         aside = [s for s in _numbered(self.directory, ".aside") if s < newest[0]]
         for name in [str(s) for s in old] + [f"{s}.aside" for s in aside]:
@@ -285,10 +320,13 @@ def find(
     path: str | pathlib.Path,
     *,
     step: int | None = None,
+    best: tuple[str, bool] | None = None,
     verify: str = "full",
+    items: Collection[str] = (),
     say: Callable[[str], None] = print,
 ) -> tuple[pathlib.Path, bool]:
-    """The folder of the newest good checkpoint, or of `step`, and whether it was verified already.
+    """The folder of the newest good checkpoint, or of `step`, or the `best` by (metric, whether the
+    highest is), and whether it was verified already: `items`, () = all.
 
     `path` is a work folder, a folder of checkpoints, or one checkpoint.
 
@@ -300,12 +338,18 @@ def find(
     if any(path.glob(f"{digests.PREFIX}*.json")):
         return path, False
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = Checkpoints(folder, verify=verify, say=say).steps()
-    if not steps or (step is not None and step not in steps):
-        wanted = "usable checkpoint" if step is None else f"usable checkpoint of step {step}"
-        there = f"; there are {', '.join(map(str, steps))}" if steps else ""
-        raise ValueError(f"{folder} has no {wanted} to load params from{there}")
-    return folder / str(steps[-1] if step is None else step), True
+    metric, highest = best or ("", False)
+    there = Checkpoints(folder, keep_best=metric, highest=highest, verify=verify, say=say)
+    steps = there.best_first() if best else there.newest_first()
+    wanted = [s for s in steps if step is None or s == step]
+    found = next((s for s in wanted if there.is_good(s, items)), None)
+    if found is None:
+        what = "" if step is None else f" of step {step}"
+        what += f" that was evaluated by {metric!r}" if best else ""
+        others = sorted({*there.newest_first()} - {*wanted})
+        others = f"; there are {', '.join(map(str, others))}" if others else ""
+        raise ValueError(f"{folder} has no usable checkpoint{what} to load params from{others}")
+    return folder / str(found), True
 
 
 def _end_all(error):

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -98,13 +99,22 @@ def read(folder: pathlib.Path) -> Digest:
 
 
 def verify(
-    folder: pathlib.Path, how: str = "full", *, process: int = 0, processes: int = 1
+    folder: pathlib.Path,
+    how: str = "full",
+    *,
+    items: Collection[str] = (),
+    process: int = 0,
+    processes: int = 1,
 ) -> Digest:
     """`read`, after comparing every data file: its hash (`full`) or only its size (`sizes`).
 
+    `items`: the trees that are to be read, if not all: the files of the others are not looked at.
     Of several processes each compares its share of the files.
     """
-    files = sorted((k, v) for content in _contents(folder) for k, v in content["files"].items())
+    contents = _contents(folder)
+    others = contents[0]["trees"].keys() - items if items else ()
+    files = sorted((k, v) for content in contents for k, v in content["files"].items())
+    files = [(name, file) for name, file in files if name.split("/")[0] not in others]
     for name, (size, hashed) in files[process::processes]:
         path = folder / name
         if not path.is_file():
@@ -114,6 +124,14 @@ def verify(
         if how == "full" and _hash(path) != hashed:
             raise Damaged(f"the bytes of {name} have changed since it was written")
     return read(folder)
+
+
+def add_metrics(folder: pathlib.Path, metrics: Mapping[str, float]) -> None:
+    """Writes down what was measured of a checkpoint after it was saved."""
+    content = _contents(folder)[0]
+    content["metrics"] |= {name: float(value) for name, value in metrics.items()}
+    text = json.dumps(content | {"seal": _seal(content)}, indent=1)
+    write_atomically(folder / f"{PREFIX}0-of-{content['processes']}.json", text)
 
 
 def _contents(folder):

@@ -113,7 +113,7 @@ def load(folder: pathlib.Path, abstract: Trees, verify: str, part: bool = False)
     saved = read(folder)
     _refuse_another_model(folder, saved, abstract, part)
     try:
-        digests.verify(folder, verify)
+        digests.verify(folder, verify, items=abstract.keys())
     except Damaged as error:
         raise Damaged(f"{folder} cannot be used: {error}") from None
     wanted = {

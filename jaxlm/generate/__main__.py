@@ -3,10 +3,10 @@
     python -m jaxlm.generate --checkpoint=runs/quickstart --prompt="def read(path):"
     python -m jaxlm.generate --checkpoint=... --prompts=questions.jsonl --output=answers.jsonl
 
-Reads the newest good checkpoint (or that of --step). One prompt is shown with its continuation as
-it is written; many are generated in batches. --output writes a JSON object a line: prompt, text,
-finish ("stop" or "length"), seed, and with --logprobs the ids and their log-probabilities; until
-all are there its name ends in .part.
+Reads the newest good checkpoint, that of --step=N, or with --step=best the one that the run kept as
+its best. One prompt is shown with its continuation as it is written; many are generated in batches.
+--output writes a JSON object a line: prompt, text, finish ("stop" or "length"), seed, and with
+--logprobs the ids and their log-probabilities; until all are there its name ends in .part.
 A model that one device cannot hold is spread over all of this machine (--devices=N: over N).
 Several processes (see launch/) spread it over all their devices, and process 0 prints.
 A model trained for minutes has the style of its text, and no meaning.

@@ -52,7 +52,7 @@ def test_a_run_is_written_as_an_adapter_and_merged_and_both_say_what_it_says(hf_
     logits, batch = a_run(tmp_path / "run", hf_folder), packed(texts())
     expected, said = list(split(batch, logits(batch))), []
     tokenizers.save_byte(tmp_path / "run" / "tokenizer")
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "run.json").write_text('{"config": {}}')
     to_peft(tmp_path / "run", tmp_path / "adapter", say=said.append)
     assert said == []
     assert (tmp_path / "adapter" / "tokenizer.json").is_file()
