@@ -55,7 +55,11 @@ def opened(flags: argparse.Namespace, say: Callable[[str], None], *, every: bool
     )
 
 
-def told(flags: argparse.Namespace) -> dict[str, Any]:
-    """Those by which the model is another than the folder's own, for files of results."""
-    given = {name: getattr(flags, name) for name in ("params", "dtype", "max_length")}
-    return {name: value for name, value in given.items() if value}
+def told(flags: argparse.Namespace, opened: Opened) -> dict[str, Any]:
+    """For files of results: of a run the step, and which of its params; and by what the model is
+    another than the folder's own."""
+    said = {"dtype": flags.dtype, "max_length": flags.max_length}
+    said = {name: value for name, value in said.items() if value}
+    if opened.step is None:
+        return said
+    return {"step": opened.step, "params": flags.params or "params"} | said

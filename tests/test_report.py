@@ -386,11 +386,13 @@ def test_one_evaluation_is_a_dot_though_its_line_is_dashed():
 def test_an_evaluation_of_averaged_params_says_so(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "evaluations").mkdir()
-    for name, more in (("a", {}), ("b", {"params": "ema"})):
+    files = {"params": "ema"}, {"params": "params", "step": 1150}, {"params": "ema", "step": 20}
+    for name, more in zip("abcd", ({}, *files), strict=True):
         found = {"compression": {"notes": {"bits_per_character": 1.0}}} | more
         (tmp_path / "evaluations" / f"compression_{name}.json").write_text(json.dumps(found))
     words = Page(str(tasks.finished(read.load(tmp_path)))).words
     assert [word for word in words if word.startswith("compression_")] == [
+        "compression_d, step 20, of ema",
+        "compression_c, step 1,150",
         "compression_b, of ema",
-        "compression_a",
     ]

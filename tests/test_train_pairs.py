@@ -78,10 +78,15 @@ def test_limits_on_the_length_are_evaluated_in_one_go(home, pairs):
     file.write_text(json.dumps([asked | {"max_len": 2}, asked | {"max_len": 40}]))
     flags = (f"--checkpoint={home / 'pairs'}", f"--lengths={file}", "--chat", "--log_samples")
     judge = "--judge=tests.evals.judges:favourable"
-    out = run(home, "", *flags, judge, "--max_tokens=6", module="evaluate")
+    flags = (*flags, judge, "--max_tokens=6", "--step=best", "--params=reference")
+    out = run(home, "", *flags, module="evaluate")
     assert "×1" in out
     (path,) = (home / "pairs" / "evaluations").glob("lengths_*.json")
-    (found,) = json.loads(path.read_text())["lengths"]
+    written = json.loads(path.read_text())
+    best = max(lines(home, "pairs", "evals.jsonl"), key=lambda line: line["dpo/accuracy/likes"])
+    assert (written["step"], written["params"]) == (best["step"], "reference")
+    assert f"--step=best is step {best['step']}, by max:dpo/accuracy/likes" in out
+    (found,) = written["lengths"]
     assert (found["prompts"], found["scale"]) == (2, 1.0)
     assert found["violations"] + found["wins"] == pytest.approx(1), "a judge that is always for it"
     (path,) = (home / "pairs" / "evaluations").glob("answers_*.jsonl")

@@ -9,8 +9,8 @@
 
 The model lies on all devices of this machine (--devices=N: on N), or of all processes that are
 started together (see launch/); process 0 writes. Results are lm-eval's own JSON, in evaluations/ of
-a work folder, or in --output=FOLDER. Nothing is downloaded without --download. docs/evaluation.md
-says more.
+a work folder, or in --output=FOLDER; without that those of a Hugging Face folder are shown and not
+kept. Nothing is downloaded without --download. docs/evaluation.md says more.
 """
 
 from jaxlm.host import process
@@ -51,6 +51,8 @@ def main() -> int:
             cluster.join(where, {"the version of jax": jax.__version__, **facts}, console.say)
         for note in process.notes:
             console.warn(note)
+        if not _destination(flags):
+            console.say("  the figures are shown, and written nowhere: --output=FOLDER keeps them")
         if flags.tasks:
             run_tasks(flags, console)
         if flags.compression:
@@ -65,8 +67,8 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     with console.phase(1, 3, "tasks", "reading the tasks and their data"):
         names = tasks.parse(flags.tasks)
         loaded = tasks.load(names, include=flags.include_path, download=flags.download)
-    model, _ = _opened(flags, console)
-    about = _of(flags) | {"model_num_parameters": _parameters(model.params)}
+    model, opened = _opened(flags, console)
+    about = _of(flags, opened) | {"model_num_parameters": _parameters(model.params)}
     about |= {"model_dtype": str(jax.tree.leaves(model.params)[0].dtype)}
     lm = model.for_lm_eval(about)
     if flags.chat and not getattr(lm.tokenizer, "chat_template", None):
@@ -86,7 +88,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
             lm,
             loaded,
             writer=cluster.process() == 0,
-            model_args={"pretrained": flags.checkpoint} | openflags.told(flags),
+            model_args={"pretrained": flags.checkpoint} | openflags.told(flags, opened),
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
             use_cache=cache,
@@ -104,7 +106,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     head, rows = tasks.table(results)
     console.table(rows, head)
     tracker.general_config_tracker.log_end_time()
-    told = dataclasses.asdict(tracker.general_config_tracker) | openflags.told(flags)
+    told = dataclasses.asdict(tracker.general_config_tracker) | openflags.told(flags, opened)
     _keep(
         flags,
         console,
@@ -120,7 +122,7 @@ def run_compression(flags, console: Console) -> dict[str, dict]:
             spec.name: compress.read(spec, flags.characters, console.warn)
             for spec in compress.specs(flags.compression, flags.text, flags.glob)
         }
-    model, _ = _opened(flags, console)
+    model, opened = _opened(flags, console)
     compress.fitting(model, flags.window, flags.stride)
     figures, rows = {}, {}
     with console.phase(3, 3, "evaluate", "scoring the text"):
@@ -143,7 +145,7 @@ def run_compression(flags, console: Console) -> dict[str, dict]:
         ["source", "documents", "characters", "tokens", "bits/char"]
         + ([f"min-{flags.min_k:g}% mean", "lowest"] if flags.min_k else []),
     )
-    about = _of(flags) | {"protocol": "arXiv 2404.09937, the tail scored"}
+    about = _of(flags, opened) | {"protocol": "arXiv 2404.09937, the tail scored"}
     kept = rows if flags.log_samples else {}
     _keep(flags, console, lambda folder: write.corpora(folder, figures, kept, about))
     return figures
@@ -186,7 +188,7 @@ def run_lengths(flags, console: Console) -> list[dict]:
             f"up to {cut:.0%} of the answers were cut off at --max_tokens={flags.max_tokens}, and "
             "may keep their limit for that alone"
         )
-    about = _of(flags) | {"file": flags.lengths, "judge": flags.judge}
+    about = _of(flags, opened) | {"file": flags.lengths, "judge": flags.judge}
     about |= {"chat": flags.chat, "max_tokens": flags.max_tokens}
     kept = rows if flags.log_samples else []
     _keep(flags, console, lambda folder: write.lengths(folder, found, kept, about))
@@ -218,23 +220,27 @@ def _opened(flags, console) -> tuple[Model, Opened]:
         return model, opened
 
 
+def _destination(flags) -> Path | None:
+    """Where results are written; None = nowhere."""
+    if flags.output:
+        return files.local(flags.output, "--output")
+    if is_run(flags.checkpoint):
+        return Path(flags.checkpoint).expanduser() / "evaluations"
+    return None
+
+
 def _keep(flags, console, put):
     """Writes results where they belong, in process 0, and makes the page of a work folder anew."""
-    if cluster.process():
+    if cluster.process() or not (folder := _destination(flags)):
         return
-    checkpoint = Path(flags.checkpoint).expanduser()
-    if flags.output:
-        console.say(f"  results   {put(Path(flags.output).expanduser())}")
-    elif is_run(flags.checkpoint):
-        console.say(f"  results   {put(checkpoint / 'evaluations')}")
-        console.say(f"  the page  {report.write(checkpoint)}")
-    else:
-        console.say("  --output=FOLDER keeps the results")
+    console.say(f"  results   {put(folder)}")
+    if not flags.output:
+        console.say(f"  the page  {report.write(folder.parent)}")
 
 
-def _of(flags) -> dict[str, Any]:
+def _of(flags, opened: Opened) -> dict[str, Any]:
     """What was evaluated, for the files of results."""
-    return {"checkpoint": flags.checkpoint} | openflags.told(flags)
+    return {"checkpoint": flags.checkpoint} | openflags.told(flags, opened)
 
 
 def _parameters(params):
@@ -312,9 +318,14 @@ def _refuse(flags):
             f"--stride={flags.stride} would leave tokens unscored: it may be at most "
             f"--window={flags.window}"
         )
-    where = cluster.place()
-    if flags.output and not (where and where.process):
-        write.require_folder(files.local(flags.output, "--output"))
+    where, folder = cluster.place(), _destination(flags)
+    if flags.log_samples and not folder:
+        raise ValueError(
+            f"--log_samples: {flags.checkpoint} is no work folder of a run, and nothing is written "
+            "into it; say where to with --output=FOLDER"
+        )
+    if folder and not (where and where.process):
+        write.require_folder(folder)
     if flags.use_cache and where:
         raise ValueError(
             "--use_cache keeps answers in a file of one process: leave it out where several "

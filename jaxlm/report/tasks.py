@@ -29,12 +29,18 @@ def finished(folder: Folder) -> Html:
     """Tables: the tasks at the end of the run, and whatever was evaluated since."""
     parts = [_tasks("At the end of the run", mapping(folder.results.get("tasks")))]
     for file, found in folder.evaluations.items():
-        of = found.get("params")  # an extra of the run, such as an average of its params
-        name = f"{file}, of {of}" if of else file
+        name = f"{file}{_which(found)}"
         parts.append(_tasks(name, found))
         parts.append(_corpora(name, mapping(found.get("compression"))))
         parts.append(_lengths(name, found))
     return join([part for part in parts if part])
+
+
+def _which(found: dict[str, Any]) -> str:
+    """Of which step, and of what else than the params themselves, such as their average."""
+    step, of = finite(found.get("step")), found.get("params")
+    said = "" if step is None else f", step {step:,.0f}"
+    return said + (f", of {of}" if of and of != "params" else "")
 
 
 def _tasks(title: str, found: dict[str, Any]) -> Html:

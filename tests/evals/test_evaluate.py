@@ -70,10 +70,12 @@ def test_four_processes_find_what_one_did(home, trained):
     one = json.loads((trained / "results.json").read_text())["tasks"]["results"]["local_text"]
     for figure in ("bits_per_byte,none", "word_perplexity,none"):
         assert results["results"]["local_text"][figure] == pytest.approx(one[figure], rel=1e-5)
+    assert (results["step"], results["params"]) == (20, "params")
     (samples,) = folder.glob("samples_local_last_word_*.jsonl")
     first = json.loads(samples.read_text().splitlines()[0])
     assert first["arguments"]["gen_args_0"]["arg_1"] == first["target"]
     (corpora,) = (json.loads(p.read_text()) for p in folder.glob("compression_*.json"))
+    assert (corpora["step"], corpora["params"]) == (20, "params")
     prose = corpora["compression"]["prose"]
     assert prose["documents"] == 60
     assert prose["characters"] == sum(

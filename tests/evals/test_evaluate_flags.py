@@ -1,6 +1,7 @@
 """`jaxlm.evaluate`: flags that mean nothing are refused, and files hold what is true."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +45,25 @@ def test_more_devices_than_there_are_are_refused():
 
 def test_files_of_results_say_how_the_model_was_opened():
     words = ["--checkpoint=x", "--dtype=bfloat16", "--max_length=9", "--devices=1"]
-    flags = command._flags().parse_args(words)
-    assert openflags.told(flags) == {"dtype": "bfloat16", "max_length": 9}
-    assert openflags.told(command._flags().parse_args(words[:1])) == {}
+    parse = lambda *words: command._flags().parse_args(words)
+    of_run, other = SimpleNamespace(step=20), SimpleNamespace(step=None)
+    assert openflags.told(parse(*words), other) == {"dtype": "bfloat16", "max_length": 9}
+    assert openflags.told(parse(words[0]), of_run) == {"step": 20, "params": "params"}
+    ema = parse(words[0], "--params=ema")
+    assert openflags.told(ema, of_run) == {"step": 20, "params": "ema"}
+    assert openflags.told(parse(words[0]), other) == {}
+
+
+def test_samples_that_would_be_written_nowhere_are_refused(tmp_path):
+    parse = lambda *flags: command._flags().parse_args([f"--checkpoint={tmp_path}", *flags])
+    asked = ("--compression=y", "--log_samples")
+    with pytest.raises(ValueError, match=r"--log_samples: .* say where to with --output=FOLDER"):
+        command._refuse(parse(*asked))
+    command._refuse(flags := parse(*asked, f"--output={tmp_path / 'here'}"))
+    assert command._destination(flags) == tmp_path / "here"
+    (tmp_path / "run.json").touch()
+    command._refuse(flags := parse(*asked))
+    assert command._destination(flags) == tmp_path / "evaluations"
 
 
 def test_a_judge_is_a_function_of_ones_own():
