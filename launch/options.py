@@ -14,7 +14,6 @@ from typing import NoReturn
 # user has to mend, and that would happen again: it stops. Anything else is worth another start:
 # 143 asked to stop, and saved; 70 crashed; 75 another process was lost; 137 killed.
 MEND = (1, 2)
-SAVED = 143
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,11 +6,6 @@ Positions turn as in plain RoPE; the longer contexts of Llama 3.1 take
 rope_scaling="llama3 factor=8 length=8192" (Llama 3.2 1B: factor=32).
 """
 
-# Width of the heads: 64 is faster than 32 on a CPU, and so are few layers of few kernels.
-TINY = {"width": 128, "layers": 4, "heads": 2, "qk_norm": True}
-
-SMALL = {"width": 512, "layers": 8, "heads": 8, "kv_heads": 4, "ffn_width": 1408}
-
 # For machines with memory to spare only where their blocks are rematerialized.
 _LLAMA_3 = {
     "kv_heads": 8,
