@@ -182,9 +182,10 @@ def _model(source: Path) -> Kept:
     if found.run.data.structured:
         ends = sorted(chat.stops(tokenizer, found.tokenizer))
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    length = {"max_position_embeddings": found.length}
-    config = length | export.family_of(found.options).config(whole(found.options)) | ids
-    return Kept(found.options, config, ids)
+    told = export.family_of(found.options).config(whole(found.options)) | ids
+    # Of a table of positions that key would be another name of its size.
+    length = {} if "n_positions" in told else {"max_position_embeddings": found.length}
+    return Kept(found.options, length | told, ids)
 
 
 def _shapes(options: DecoderConfig):
