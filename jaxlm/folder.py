@@ -59,12 +59,20 @@ def _refuse_another_run(run):
     found = read(run.workdir / "run.json")
     if not found:
         return
-    if lines := configs.differences(configs.flatten(found.get("config", {})), run.config):
+    began = configs.flatten(found.get("config", {}))
+    if lines := configs.differences(began, run.config):
         shown = "\n  ".join(lines[:12] + ([f"and {len(lines) - 12} more"] if lines[12:] else []))
+        length = (
+            "A run's learning rate and its stages of data are laid out over all of its steps, so "
+            "that with another number of them it is another run; "
+        )
         raise ValueError(
             f"{run.workdir} holds a run with another config:\n  {shown}\n"
-            f"choose another --config.workdir, or delete {run.workdir} to train anew there; to go "
-            f"on from its params, choose another and set --config.init.checkpoint={run.workdir}"
+            + (length if any(line.startswith("steps:") for line in lines) else "")
+            + f"choose another --config.workdir, or delete {run.workdir} to train anew there; to "
+            f"go on from its params, choose another and set --config.init.checkpoint={run.workdir} "
+            f"(and --config.seed={began.get('seed', 0) + 1}, or it reads the same data in the same "
+            "order)"
         )
 
 

@@ -1,6 +1,7 @@
 """What a run starts from: `init.checkpoint` is a model of the same options and the same tokens."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import get_config
 from jaxlm.build import require_same_tokens, start_of
 from jaxlm.config import check, nest
 from jaxlm.data import tokenizer
+from jaxlm.folder import claim
 
 
 @pytest.fixture
@@ -45,6 +47,28 @@ def test_what_params_do_not_show_is_compared(finished):
         start_of(begun(finished, heads=4))
     with pytest.raises(ValueError, match="rope_theta"):
         start_of(begun(finished, rope_theta=123.0))
+
+
+def test_more_steps_than_a_run_began_with_make_another_run(finished):
+    """Whether it is finished or not; what is said can be done."""
+    c = get_config()
+    c.workdir = str(finished)
+    with claim(check(c)):
+        pass
+    c.steps = 40
+    told = (
+        r"steps: 20 there, 40 here\nA run's learning rate .* --config.init.checkpoint="
+        rf"{re.escape(str(finished))} \(and --config.seed=1, or"
+    )
+    with pytest.raises(ValueError, match=told), claim(check(c)):
+        pass
+    c.seed, c.workdir = 1, str(finished.parent / "longer")
+    c.init.checkpoint = str(finished)
+    with claim(run := check(c)):
+        assert start_of(run).folder == finished
+    c.workdir, c.steps = str(finished), 20
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here\nchoose another"), claim(check(c)):
+        pass
 
 
 def test_another_tokenizer_is_refused(finished, tmp_path):
