@@ -30,7 +30,7 @@ class Stored(NamedTuple):
     options: DecoderConfig  # as the folder names it; its vocabulary is known
     length: int  # tokens of context that it was trained with
     tokenizer: Path  # folder of the tokenizer
-    generation: dict[str, Any]  # generation_config.json; {} = none
+    generation: dict[str, Any]  # generation_config.json, or what else is known of it
     run: Run | None = None  # that made it
     source: hf.Source | None = None  # of a Hugging Face folder
 
@@ -145,10 +145,12 @@ def look(path: str | Path) -> Stored:
         return _of_run(folder)
     if found := kept.read(folder):
         length, where = found.length, folder / "tokenizer"
-        return Stored(folder, found.options, length, where, found.generation)
+        generation = kept.of_generation(found.generation, found.hf)
+        return Stored(folder, found.options, length, where, generation)
     if hf.is_one(folder):
         source = hf.open_folder(folder)
-        length, generation = kept.length(source.config), kept.generation(folder)
+        length = kept.length(source.config)
+        generation = kept.of_generation(kept.generation(folder), source.config)
         return Stored(folder, source.options, length, folder, generation, source=source)
     if (folder / peft.CONFIG).is_file():
         raise ValueError(

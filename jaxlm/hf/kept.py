@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jaxlm.files import write_atomically
 from jaxlm.hf import folder as hf
+from jaxlm.hf import keys
 from jaxlm.hf.family import Json
 from jaxlm.models.options import DecoderConfig
 
@@ -76,6 +77,12 @@ def ends(generation: Json) -> list[int]:
     return named if isinstance(named, list) else [] if named is None else [named]
 
 
+def of_generation(said: Json, hf: Json) -> Json:
+    """A generation_config.json, and where there is none what config.json says of it, as
+    transformers has it."""
+    return said or {key: hf[key] for key in ("eos_token_id",) if hf.get(key) is not None}
+
+
 def generation(folder: Path) -> Json:
     """Its generation_config.json, {} if there is none. Raises `ValueError` for one that is none."""
     path = folder / "generation_config.json"
@@ -85,8 +92,7 @@ def generation(folder: Path) -> Json:
         found = json.loads(path.read_text())
     except ValueError:
         found = None
-    is_id = lambda end: type(end) is int and 0 <= end < 2**31
-    if not isinstance(found, dict) or not all(map(is_id, ends(found))):
+    if not isinstance(found, dict) or not keys.TOKENS.fits(found.get("eos_token_id")):
         raise ValueError(
             f"{path} does not say which tokens end a text: it has to be a JSON object, its "
             "eos_token_id a number or a list of them; repair or remove it"

@@ -50,6 +50,12 @@ NAMES = Kind(
     "a list of names",
     lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
 )
+TOKENS = _or_null(
+    Kind(
+        "the number of a token, or a list of them",
+        lambda value: all(map(COUNT.fits, value if isinstance(value, list) else [value])),
+    )
+)
 
 KINDS = {
     key: kind
@@ -73,6 +79,7 @@ KINDS = {
         (NAME, ("hidden_act", "hidden_activation", "activation_function")),
         (_or_null(NAMES), ("layer_types",)),
         (_or_null(OBJECT), ("rope_scaling", "rope_parameters")),
+        (TOKENS, ("eos_token_id",)),
     )
     for key in keys
 }
@@ -97,7 +104,7 @@ ROPE_KINDS = {
 
 def require(hf: Json, reads: Collection[str]) -> None:
     """Raises `ValueError` that names each key among `reads` whose value is of another kind."""
-    looked = {key: hf[key] for key in sorted({*reads, LENGTH}) if key in hf}
+    looked = {key: hf[key] for key in sorted({*reads, LENGTH, "eos_token_id"}) if key in hf}
     wrong = [_wrong(key, value, KINDS[key]) for key, value in looked.items() if key in KINDS]
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(looked.get(key), dict):

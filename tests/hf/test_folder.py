@@ -237,3 +237,16 @@ def test_a_generation_config_that_is_none_is_told(tmp_path, text):
 def test_tokens_that_end_a_text(tmp_path, named, ends):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     assert kept.ends(kept.generation(tmp_path)) == ends
+
+
+def test_without_a_generation_config_the_model_s_own_says_what_ends_a_text(llama):
+    path, _ = llama
+    assert stored.look(path).generation == {"eos_token_id": 2}
+    edit(path, eos_token_id=[2, 7])
+    assert kept.ends(stored.look(path).generation) == [2, 7]
+    (path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert kept.ends(stored.look(path).generation) == [5]
+    for odd in ('"a"', '""', "[[1]]", "-1", "true", "false"):
+        edit(path, eos_token_id=json.loads(odd))
+        with pytest.raises(ValueError, match=r"eos_token_id=.*, where the number of a token"):
+            stored.look(path)
