@@ -113,7 +113,6 @@ def test_each_number_of_rotary_positions(name, tmp_path):
         ("llama", {"num_attention_heads": 5}, "num_key_value_heads=2, which does not divide"),
         ("qwen2", {"hidden_size": 30}, "num_attention_heads=4, which does not divide hidden_size"),
         ("gpt2", {"n_head": 3}, "n_head=3, which does not divide n_embd=32"),
-        ("gpt2", {"max_position_embeddings": 64}, "n_positions=128 and max_position_embeddings=64"),
         ("gpt_neox", {"num_attention_heads": 3}, "does not divide hidden_size=32"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5, more than num_local"),
         ("llama", {"head_dim": 7}, "has to be even"),

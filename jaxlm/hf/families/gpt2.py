@@ -34,12 +34,6 @@ def options(hf: Json) -> Json:
     )
     heads, width = common.number(hf, "n_head"), common.number(hf, "n_embd")
     form = common.activation(hf, "activation_function", "gelu_new", common.PLAIN)
-    positions, again = common.number(hf, "n_positions"), hf.get("max_position_embeddings")
-    if again not in (None, positions):
-        raise ValueError(
-            f"config.json says n_positions={positions} and max_position_embeddings={again}, which "
-            "are two names of one size"
-        )
     return {
         "vocabulary": common.number(hf, "vocab_size"),
         "width": width,
@@ -53,7 +47,7 @@ def options(hf: Json) -> Json:
         "norm_eps": float(hf.get("layer_norm_epsilon", 1e-5)),
         "bias": True,
         "tied": True,
-        "learned_positions": positions,
+        "learned_positions": common.number(hf, "n_positions"),
     }
 
 
