@@ -79,7 +79,8 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     cache = None
     if flags.use_cache:
         name = str(Path(flags.use_cache).expanduser())
-        cache = answers.file_of(name, model.params, model.length, model.texts.add_bos)
+        how = opened.model, model.length, model.texts.add_bos
+        cache = answers.file_of(name, model.params, *how)
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker()

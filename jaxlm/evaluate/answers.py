@@ -14,9 +14,10 @@ from jaxlm.contract import Params
 
 
 def file_of(name: str, params: Params, *more: Any) -> str:
-    """`name` with something behind it that other params, or another of `more`, change."""
+    """`name` with something behind it that other or wider params, or another of `more`, change."""
     sums = [x.hex() for pair in _sums(params) for x in map(float, pair)]
-    return f"{name}-{hashlib.sha256(repr((sums, more)).encode()).hexdigest()[:16]}"
+    dtypes = [str(x.dtype) for x in jax.tree.leaves(params)]
+    return f"{name}-{hashlib.sha256(repr((sums, dtypes, more)).encode()).hexdigest()[:16]}"
 
 
 @jax.jit

@@ -133,7 +133,8 @@ def test_no_file_holds_nan(tmp_path):
 def test_each_model_has_its_own_file_of_answers():
     params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4, jnp.bfloat16)}
     others = [params | {"a": params["a"].at[1, 2].add(1e-3)}, params | {"a": params["a"][::-1]}]
+    others.append(params | {"b": params["b"].astype(jnp.float32)})  # --dtype=float32
     names = [file_of("f", *args) for args in ((params, 9), (params, 8), *((p, 9) for p in others))]
     assert file_of("f", params, 9) == names[0]
-    assert len(set(names)) == 4
+    assert len(set(names)) == 5
     assert all(name.startswith("f-") for name in names)
