@@ -128,7 +128,8 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     overrides = tuple(overrides)
     c, notes = give_way(c, overrides)
     if c.init.hf:
-        c = _with_model_of_hf(c, overrides)
+        c, more = _with_model_of_hf(c, overrides)
+        notes += more
     if 0 < c.model.learned_positions < c.data.length:
         raise ValueError(
             f"config.data.length={c.data.length} is more than the table of positions holds: set it "
@@ -203,8 +204,11 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
     )
 
 
-def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
-    """The config with the model of `c.init.hf`, and its tokenizer unless another one is named.
+def _with_model_of_hf(
+    c: ConfigDict, overrides: tuple[str, ...]
+) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The config with the model of `c.init.hf`, and its tokenizer unless another one is named; and
+    a sentence about each key of a recipe that gave way to a folder of the command line.
 
     A run that has begun is what it was, whatever has become of the folder.
     """
@@ -216,13 +220,16 @@ def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
     else:
         told = hf.options(folder)
         found, kind = told.options, told.family.model_type
-    by_hand = {
-        key: value
-        for key, value in c.model.items()
-        if key not in RUNTIME and (value != usual.model[key] or f"model.{key}" in overrides)
-    }
+    asked = lambda key: key in overrides or "init.hf" not in overrides  # or it may give way
     whole = {key: found.get(key, value) for key, value in _fields(DecoderConfig).items()}
-    if wrong := [f"{k}={v!r} (there {whole[k]!r})" for k, v in by_hand.items() if v != whole[k]]:
+    other = {
+        f"model.{key}": (value, whole[key])
+        for key, value in c.model.items()
+        if key not in RUNTIME
+        and (value != usual.model[key] or f"model.{key}" in overrides)
+        and value != whole[key]
+    }
+    if wrong := [f"{k[6:]}={v!r} (there {there!r})" for k, (v, there) in other.items() if asked(k)]:
         raise ValueError(
             f"config.init.hf={c.init.hf!r} is a {kind} whose config.json says "
             f"otherwise than config.model: {', '.join(wrong)}; leave these keys out"
@@ -231,9 +238,15 @@ def _with_model_of_hf(c: ConfigDict, overrides: tuple[str, ...]) -> ConfigDict:
     c.model.update({key: value for key, value in whole.items() if key not in RUNTIME})
     if c.data.tokenizer == usual.data.tokenizer and "data.tokenizer" not in overrides:
         c.data.tokenizer = str(folder)
+    elif not asked("data.tokenizer") and c.data.tokenizer != str(folder):
+        other["data.tokenizer"] = c.data.tokenizer, str(folder)
+        c.data.tokenizer = str(folder)
     if not began and Path(c.data.tokenizer).expanduser().is_dir():
         hf.require_rows(load_tokenizer(Path(c.data.tokenizer)), c.model.vocabulary, folder)
-    return c
+    return c, tuple(
+        f"config.{key}={there!r}: config.init.hf has it so, and the recipe's is {value!r}"
+        for key, (value, there) in other.items()
+    )
 
 
 def _with_kept_tokenizer(data: DataSpec, workdir: Path) -> DataSpec:

@@ -6,7 +6,6 @@ A folder is the work folder of a run, one that `jaxlm.convert` made, or a Huggin
 import argparse
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,25 +121,10 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / "run.json").is_file()
 
 
-def require_folder(folder: Path) -> None:
-    """Raises `ValueError` if there is none, with what may be meant."""
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise ValueError(
-            f"{folder} is a file; name the folder that holds the model: {folder.parent}"
-        )
-    raise ValueError(
-        f"there is no folder {folder} (seen from {Path.cwd()}), which is to hold the model; jaxlm "
-        "downloads nothing: fetch one of Hugging Face first, as with `hf download OWNER/NAME "
-        f"--local-dir {shlex.quote(str(folder))}`"
-    )
-
-
 def look(path: str | Path) -> Stored:
     """The model of a folder. Raises `ValueError` if there is none, or none that we can be."""
     folder = Path(path).expanduser()
-    require_folder(folder)
+    hf.require_folder(folder)
     if is_run(folder):
         return _of_run(folder)
     if found := kept.read(folder):

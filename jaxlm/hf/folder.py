@@ -5,6 +5,7 @@ Only safetensors are read, and no code that a folder brings is ever run.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,21 @@ def is_one(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def require_folder(folder: Path) -> None:
+    """Raises `ValueError` if there is none, with what may be meant."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise ValueError(
+            f"{folder} is a file; name the folder that holds the model: {folder.parent}"
+        )
+    raise ValueError(
+        f"there is no folder {folder} (seen from {Path.cwd()}), which is to hold the model; jaxlm "
+        "downloads nothing: fetch one of Hugging Face first, as with `hf download OWNER/NAME "
+        f"--local-dir {shlex.quote(str(folder))}`"
+    )
+
+
 def options(path: Path) -> Told:
     """The model of a folder, without a look at the tensors.
 
@@ -131,11 +147,7 @@ def require_rows(tokenizer: Any, vocabulary: int, path: Path) -> None:
 
 
 def _config(path: Path) -> Json:
-    if not path.is_dir():
-        raise ValueError(
-            f"there is no folder {path}; jaxlm downloads nothing: fetch a model first, as with "
-            f"`hf download OWNER/NAME --local-dir {path}`"
-        )
+    require_folder(path)
     if not is_one(path):
         ours = any((path / name).is_file() for name in ("model.json", "run.json"))
         what = ", but what jaxlm wrote: use it as it is, or write one with to-hf" if ours else ""

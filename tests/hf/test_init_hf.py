@@ -74,6 +74,22 @@ def test_a_run_that_has_begun_does_not_need_the_folder(recipe, tmp_path):
         check(recipe)
 
 
+def test_a_recipe_gives_way_to_a_folder_of_the_command_line(recipe, llama):
+    recipe.model.update(qk_norm=True, loss_chunk=64)
+    recipe.data.tokenizer = "byte"
+    run = check(recipe, ("init.hf",))
+    assert (run.model.qk_norm, run.model.loss_chunk) == (False, 64)
+    assert run.data.tokenizer == str(llama)
+    assert run.notes == (
+        "config.model.qk_norm=False: config.init.hf has it so, and the recipe's is True",
+        f"config.data.tokenizer={str(llama)!r}: config.init.hf has it so, and the recipe's is "
+        "'byte'",
+    )
+    assert check(recipe, ("init.hf", "data.tokenizer")).data.tokenizer == "byte"
+    with pytest.raises(ValueError, match=r"qk_norm=True \(there False\); leave these keys out"):
+        check(recipe, ("init.hf", "model.qk_norm"))
+
+
 def test_what_contradicts_the_folder_is_named(recipe):
     recipe.model.layers = 3
     with pytest.raises(ValueError, match=r"layers=3 \(there 2\); leave these keys out"):
