@@ -1,10 +1,9 @@
 """What a checked `Run` is made of: mesh, model, optimizer, state and the compiled step.
 
-Kept apart from the loop so that studies, evaluation and planning build exactly what training does.
+Kept apart from the loop so that studies and planning build exactly what training does.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +14,20 @@ import numpy as np
 import optax
 
 from jaxlm import chips, flops, sharding
+from jaxlm.abstract import abstract_state
 from jaxlm.checkpoint.digest import named
 from jaxlm.checkpoint.stacks import of_layers
 from jaxlm.contract import BASE, LM, TrainState, bound, whole
-from jaxlm.data.tokenizer import Tokenizer, same_ids
-from jaxlm.data.tokenizer import load as load_tokenizer
-from jaxlm.figures import losses, wanted_figures
 from jaxlm.hf import folder as hf
-from jaxlm.hf.family import canonical
 from jaxlm.hf.load import load as load_hf
 from jaxlm.models.options import anywhere
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 from jaxlm.optim.build import build as build_optimizer
-from jaxlm.optim.state import state_axes, state_shardings
 from jaxlm.params import Hold, Kept
 from jaxlm.params import load as load_params
 from jaxlm.specs import Run
-from jaxlm.step import init_state, make_between, make_score, make_step
-from jaxlm.stored import Stored, behind, is_run, look
+from jaxlm.step import init_state, make_between, make_step
+from jaxlm.stored import Stored, is_run, look
 
 
 class Built(NamedTuple):
@@ -316,80 +311,6 @@ def remade(built: Built, model) -> Built:
     return build(run, model.vocabulary, list(built.mesh.devices.flat))
 
 
-def start_of(run: Run) -> Stored | None:
-    """The model that a new run's `init.checkpoint` names, if it is known what that is.
-
-    Raises `ValueError` where the run has options that make another model of the same params.
-    """
-    found = behind(run.init.checkpoint) if run.init.checkpoint else None
-    if found is None:
-        return None
-    ours = dataclasses.replace(run.model, vocabulary=run.model.vocabulary or 2)
-    ours, theirs = canonical(ours), canonical(found.options)
-    if not run.model.vocabulary:
-        ours["vocabulary"] = theirs["vocabulary"]
-    if wrong := [f"{k}={ours[k]!r} (there {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]:
-        raise ValueError(
-            f"config.init.checkpoint={run.init.checkpoint!r} is of another model than config.model "
-            f"says: {', '.join(wrong)}; give config.model the options of that run"
-        )
-    return found
-
-
-def notes_of_models(built: Built, start: Stored | None) -> list[str]:
-    """What somebody may want to know of the models that a run reads; `start`: of `start_of`."""
-    found = [*built.stored.values(), *([start] if start else [])]
-    if built.run.init.hf and not is_run(built.run.workdir):
-        found.append(look(built.run.init.hf))
-    return [note for one in found for note in one.notes]
-
-
-def require_same_tokens(built: Built, tokenizer: Tokenizer, start: Stored | None = None) -> None:
-    """Raises `ValueError` if another model that the run reads means other text by the same ids.
-
-    `start`: the one that its params come from, which may have been converted without a tokenizer.
-    """
-    known = start is not None and start.tokenizer.is_dir()
-    models = {**built.stored, **({"start of this run,": start} if known else {})}
-    for name, found in models.items():
-        theirs = load_tokenizer(found.tokenizer)
-        if not same_ids(tokenizer, theirs):
-            raise ValueError(
-                f"the {name} {found.folder} has another tokenizer than this run: there "
-                f"{theirs.vocabulary_size:,} tokens (hash {theirs.hash[:12]}), here "
-                f"{tokenizer.vocabulary_size:,} (hash {tokenizer.hash[:12]}), so its ids stand for "
-                f"other text; set --config.data.tokenizer={found.tokenizer} to train with that one"
-            )
-
-
-def require_figure(built: Built) -> None:
-    """Raises `ValueError` where the best checkpoint is kept by what no evaluation measures, or
-    the run is to be judged by it."""
-    run, (figure, side) = built.run, built.run.checkpoint.best()
-    best = f"checkpoint.keep_best={run.checkpoint.keep_best!r}"
-    wanted = [(best, figure, f"{side}:")] if figure else []
-    wanted += [(key, name, "") for key, name in wanted_figures(run.expect, run.judged)]
-    unsure = [each for each in wanted if each[1] not in losses(run.data, run.method)]
-    if not unsure:
-        return
-    with jax.set_mesh(built.mesh):
-        score = make_score(built.lm, run.method)
-        state = built.abstract
-        found = jax.eval_shape(score, state.params, state.extras, built.abstract_batch())
-    structured = [source.name for source in run.data.sources if source.structured]
-    known = [f"{metric}/{name}" for metric in found for name in structured]
-    evaluated = [name for name, extra in run.method.extras.items() if extra.evaluate]
-    known += [f"{name}/{each}" for name in evaluated for each in known]
-    known += losses(run.data, run.method)
-    for key, figure, side in unsure:
-        if figure not in known:
-            near = difflib.get_close_matches(figure, known, 1, 0.0)
-            raise ValueError(
-                f"config.{key}: evaluations measure no {figure!r}; did you mean "
-                f"'{side}{near[0]}'? There are {', '.join(known)}"
-            )
-
-
 def _refuse_unlike(name, found, run, vocabulary):
     """What the options of another model show without its tokenizer."""
     places, rows = found.options.learned_positions, found.options.vocabulary
@@ -404,58 +325,3 @@ def _refuse_unlike(name, found, run, vocabulary):
             f"this run is {vocabulary:,}: they have other tokenizers; set "
             f"--config.data.tokenizer={found.tokenizer} to train with that one"
         )
-
-
-def abstract_state(run: Run, mesh, lm: LM, tx) -> TrainState:
-    """Shapes and shardings of the state, without making it."""
-    ours = {name: e for name, e in run.method.extras.items() if not e.model}
-    method = dataclasses.replace(run.method, extras=ours)
-    key = jax.random.key(0)
-    base = jax.eval_shape(lm.init, key)
-    trained = bound(lm, method, {BASE: base})
-    start = lambda base: init_state(trained.init(key), method, tx, lambda path: base, base)
-    shapes = jax.eval_shape(start, base)
-    whole = sharding.replicated(mesh)
-    opt_state = state_shardings(tx, shapes.params, trained.axes, mesh)
-    if run.optimizer.offload:
-        opt_state = _offloaded(run, mesh, state_axes(tx, shapes.params, trained.axes), opt_state)
-    like_base = lambda tree: jax.tree.structure(tree) == jax.tree.structure(base)
-
-    def of_extra(name, axes):
-        if axes is None:
-            of_model = name == BASE or like_base(shapes.extras[name])
-            axes = lm.axes if of_model else trained.axes
-        return sharding.param_shardings(axes, shapes.extras[name], mesh)
-
-    extras = {name: of_extra(name, extra.axes) for name, extra in ours.items()}
-    rest = jax.tree.map(lambda _: whole, shapes)
-    params = sharding.param_shardings(trained.axes, shapes.params, mesh)
-    layout = rest._replace(params=params, opt_state=opt_state, extras=extras)
-    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
-    state = jax.tree.map(place, shapes, layout)
-    models = {
-        name: sharding.abstract_params(lm.others[name], mesh)
-        for name in run.method.extras.keys() - ours.keys()
-    }
-    return state._replace(extras={**state.extras, **models})
-
-
-def _offloaded(run, mesh, axes, layout):
-    """The optimizer's state in the hosts' memory. Raises `ValueError` where that cannot be."""
-    key = f"config.optimizer.offload={run.optimizer.offload}"
-    if not sharding.has_host_memory(mesh):
-        device = mesh.devices.flat[0].device_kind
-        raise ValueError(
-            f"{key}: JAX knows of no {sharding.HOST!r} memory next to a {device}; leave it out"
-        )
-    found = sharding.in_host_memory(axes, layout)
-    if not any(where.memory_kind == sharding.HOST for where in jax.tree.leaves(found)):
-        raise ValueError(
-            f"{key}: {run.optimizer.name} keeps no moments of matrices here; leave it out"
-        )
-    if not any(names[:1] == ("layers",) for names in axes):
-        raise ValueError(
-            f"{key} brings moments back a layer at a time, and layers are not stacked here: set "
-            "config.model.scan_layers='on', or leave it out"
-        )
-    return found

@@ -10,7 +10,7 @@ from jaxlm.specs import CheckpointSpec, ExpectSpec
 
 def check_best(c, spec: CheckpointSpec, data: DataSpec, method: Method):
     """That evaluations may give the figure by which the best checkpoint is kept, and which end of
-    it is the better. `build.require_figure` knows what the method measures."""
+    it is the better. `start.require_figure` knows what the method measures."""
     if not (best := c.checkpoint.keep_best):
         return
     figure, side = spec.best()

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import jaxlm.models.lora as adapters
-from jaxlm import train
+from jaxlm import resume
 from jaxlm.build import build
 from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.config import check
@@ -48,11 +48,11 @@ def trained(tmp_path_factory):
     workdir, run = tmp_path_factory.mktemp("run"), built()
     key = jax.random.key(0)
     with jax.set_mesh(run.mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, _ = train.restore_or_start(run, PREPARED, checkpoints)
+        state, _ = resume.restore_or_start(run, PREPARED, checkpoints)
         step, _ = run.step()
         for n in range(2):
             state, _ = step(state, rows(run, n), key)
-        train.save(run, PREPARED, checkpoints, state, {})
+        resume.save(run, PREPARED, checkpoints, state, {})
         checkpoints.wait()
         params, base = jax.device_get((state.params, state.extras[BASE]))
         state, _ = step(state, rows(run, 2), key)
@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
 def test_it_goes_on_to_the_same_bits(trained):
     workdir, run, step, _, _, end = trained
     with jax.set_mesh(run.mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, at = train.restore_or_start(run, PREPARED, checkpoints)
+        state, at = resume.restore_or_start(run, PREPARED, checkpoints)
         assert at == 2
         state, _ = step(state, rows(run, 2), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), end)

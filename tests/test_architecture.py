@@ -60,8 +60,8 @@ MAY_IMPORT = {
         *("figures", "files"),
     },
     "build": {
-        *("chips", "config", "contract", "sharding", "checkpoint", "params", "hf", "models"),
-        *("optim", "step", "flops", "stored", "data.tokenizer", "figures", "specs"),
+        *("abstract", "chips", "contract", "sharding", "checkpoint", "params", "hf", "models"),
+        *("optim", "step", "flops", "stored", "specs"),
     },
     "opened": {"chips", "contract", "data", "hf", "host", "models", "sharding", "stored"},
     "journal": {"host", "metrics"},
@@ -71,8 +71,11 @@ MAY_IMPORT = {
     "tasks": {"build", "evals", "specs"},
     "observe": BASE | TOP | {"tasks"},
     "summary": BASE | TOP,
+    "abstract": {"contract", "optim", "sharding", "specs", "step"},
+    "start": {"build", "data", "figures", "hf", "specs", "step", "stored"},
+    "resume": {"build", "checkpoint", "contract", "data", "fingerprint", "host", "step"},
     "columns": {"build", "checkpoint", "data", "files", "fingerprint", "host", "sharding"},
-    "train": BASE | TOP | {"columns", "restarts", "tasks", "together"},
+    "train": BASE | TOP | {"columns", "restarts", "resume", "start", "tasks", "together"},
     "convert": BASE | TOP,
     "plan": BASE | TOP | {"plan", "chips"},
     "openflags": {"host", "models", "opened", "stored"},
@@ -133,7 +136,7 @@ def test_the_loop_names_no_method():
         "likelihood",
         "responses",
     }
-    for file in ("step", "train", "build", "observe", "journal", "checkpoint/__init__"):
+    for file in ("step", "train", "resume", "build", "observe", "journal", "checkpoint/__init__"):
         tree = ast.parse((ROOT / "jaxlm" / f"{file}.py").read_text())
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm import columns, together
-from jaxlm.build import build, require_same_tokens
+from jaxlm.build import build
 from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.checkpoint.digest import named
 from jaxlm.config import check, defaults, source
@@ -27,7 +27,9 @@ from jaxlm.hf import kept
 from jaxlm.methods.dpo import dpo
 from jaxlm.methods.follow import follow
 from jaxlm.models.transformer import DecoderConfig, decoder
-from jaxlm.train import feed, restore_or_start, save
+from jaxlm.resume import restore_or_start, save
+from jaxlm.start import require_same_tokens
+from jaxlm.train import feed
 
 pytestmark = pytest.mark.slow
 

@@ -4,9 +4,10 @@ import pytest
 
 from jaxlm import commandline, folder, methods, summary
 from jaxlm import config as configs
-from jaxlm.build import build, require_figure
+from jaxlm.build import build
 from jaxlm.config import check, defaults, flatten, nest, source
 from jaxlm.plan import __main__ as plan
+from jaxlm.start import require_figure
 
 NUMBER_OF_KEYS = 105  # outside the groups of the methods
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_columns
 
-from jaxlm import train
+from jaxlm import resume, train
 from jaxlm.build import build
 from jaxlm.checkpoint import Checkpoints, stacks
 from jaxlm.checkpoint.digest import named
@@ -50,7 +50,7 @@ class Loop:
 
     def __init__(self, built, prepared, checkpoints):
         self.built, self.prepared = built, prepared
-        self.state, self.at = train.restore_or_start(built, prepared, checkpoints)
+        self.state, self.at = resume.restore_or_start(built, prepared, checkpoints)
         self.step, self.between = built.step()
 
     def go_on(self):
@@ -72,7 +72,7 @@ def saved(tmp_path_factory):
         loop = Loop(built, prepared, checkpoints)
         for _ in range(AT):
             loop.go_on()
-        train.save(built, prepared, checkpoints, loop.state, {})
+        resume.save(built, prepared, checkpoints, loop.state, {})
         return home, jax.device_get(loop.state), *loop.go_on()
 
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from tiny import get_config
 
-from jaxlm.build import require_same_tokens, start_of
 from jaxlm.config import check, nest
 from jaxlm.data import tokenizer
 from jaxlm.folder import claim
+from jaxlm.start import require_same_tokens, start_of
 
 
 @pytest.fixture
