@@ -21,6 +21,7 @@ process.start(__name__)
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -237,6 +238,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out} cannot be written ({error.strerror})") from None
     try:
         yield half
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ValueError(
+            f"{out} could not be written: {error.strerror}. Nothing is left of it; free some space "
+            "and run the same command"
+        ) from None
+    else:
         half.chmod(0o777 & ~_umask())  # a temporary folder is its maker's alone
         half.rename(out)
     finally:

@@ -80,10 +80,15 @@ def finish(response: ocp.AsyncResponse, folder: pathlib.Path, record: Digest) ->
         raise _explained(folder, error) from error
 
 
+def _number(error) -> int | None:
+    """The system's number of an error of writing, which Orbax has in its text."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
 def _explained(folder, error):
     """A `SaveError` if it is the disk that a person has to see to, else the error as it is."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    number = int(code[1]) if code else getattr(error, "errno", None)
+    number = _number(error)
     if number not in _DISK_FULL | _FORBIDDEN:
         return error
     why = "the disk is full" if number in _DISK_FULL else os.strerror(number)
@@ -140,13 +145,19 @@ def save_in_parts(
 ) -> None:
     """Writes one tree as it comes, in parts of some arrays by name: never all are in memory.
 
-    The parts are checkpoints of Orbax's inside the folder; `load` reads it like any other.
+    The parts are checkpoints of Orbax's inside the folder; `load` reads it like any other. Raises
+    `OSError` for a disk that is full or may not be written.
     """
     tree: digests.Layout = {}
     names: dict[str, list[str]] = {}
     for part in parts:
         where = f"part-{len(names)}"
-        start(folder / where, {item: part}).result()
+        try:
+            start(folder / where, {item: part}).result()
+        except ValueError as error:
+            if not (number := _number(error)):
+                raise
+            raise OSError(number, os.strerror(number), str(folder)) from None
         names[where] = list(part)
         tree |= digests.layout(part)
     write_atomically(folder / PARTS, json.dumps({item: names}, indent=1))

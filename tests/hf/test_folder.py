@@ -1,5 +1,6 @@
 """What is wrong with a Hugging Face folder is told in one sentence, tensors by name."""
 
+import errno
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from cases import CASES, save
 from fake import shapes_of
 
 from jaxlm import stored
+from jaxlm.checkpoint import storage
 from jaxlm.convert import beside_adapter, from_hf, to_hf
 from jaxlm.hf import folder, kept, tensors
 
@@ -201,6 +203,22 @@ def test_what_exists_is_not_written_over(llama, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         from_hf(llama[0], tmp_path / "out", say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Failed writing [os_error_code='28']"),  # as Orbax has it
+        OSError(errno.ENOSPC, "No space left on device", "elsewhere"),
+    ],
+)
+def test_a_full_disk_is_told_by_the_folder_that_was_asked_for(llama, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(storage, "start", full)
+    said = refusal(llama[0], tmp_path / "out")
+    assert said.startswith(f"{tmp_path / 'out'} could not be written: No space left on device")
 
 
 @pytest.mark.parametrize("code", ["F8_E4M3", "I64"])
