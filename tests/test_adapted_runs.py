@@ -15,6 +15,7 @@ from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.config import check
 from jaxlm.contract import BASE
 from jaxlm.models import quantized
+from jaxlm.models.transformer import stack_layers
 
 pytestmark = pytest.mark.slow
 VOCABULARY = 40
@@ -23,9 +24,9 @@ PREPARED = types.SimpleNamespace(
 )
 
 
-def built(devices=8, method="next_token + lora"):
+def built(devices=8, method="next_token + lora", scan="off"):
     c = tiny.get_config()
-    c.method = method
+    c.method, c.model.scan_layers = method, scan
     c.mesh.update(**({"fsdp": 4, "tensor": 2} if devices == 8 else {}))
     c.lora.update(rank=2, dropout=0.2, base="nf4")
     return build(check(c), VOCABULARY, jax.devices()[:devices])
@@ -66,6 +67,16 @@ def test_it_goes_on_to_the_same_bits(trained):
         assert at == 2
         state, _ = step(state, rows(run, 2), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), end)
+
+
+def test_it_goes_on_with_its_layers_stacked(trained):
+    """Factors, and codes and largest numbers of each kernel of the base."""
+    workdir, _, _, params, base, _ = trained
+    run = built(scan="on")
+    with jax.set_mesh(run.mesh), Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, _ = resume.restore_or_start(run, PREPARED, checkpoints)
+    found = jax.device_get((state.params, state.extras[BASE]))
+    jax.tree.map(np.testing.assert_array_equal, found, (stack_layers(params), stack_layers(base)))
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_devices_their_part_of_the_base(trained):
