@@ -88,6 +88,8 @@ Objective = Callable[[LM, Params, Extras, Batch, Any], tuple[jax.Array, Aux]]
 """The last is the step's key; None = evaluation, without dropout."""
 Selector = Callable[[LM, Params, Extras, Batch, jax.Array], tuple[Batch, dict[str, jax.Array]]]
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+"""optimizer -> optimizer; its update hands the keywords that it is given on to the inner one, as
+those of `optax.chain` do (moments on the hosts need them: `optim.offload`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,15 @@ import optax
 from jaxlm.optim.rules import is_names
 from jaxlm.optim.state import owners
 
-DEVICE = jax.memory.Space.Device
+DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def in_turn(tx: optax.GradientTransformation, axes: Any):
     """`tx`, which is shown a part of the params at a time; its state may lie on the hosts.
 
     Updates take the place of the gradients, in float32. `keep`, a keyword of the update: (new, old)
-    state of a part -> what becomes of it.
+    state of a part -> what becomes of it. Nobody looks again at what lies on the hosts (`step`), so
+    state there without it, where a wrap of the optimizer drops keywords, is a `ValueError`.
     """
 
     def update(updates, state, params=None, *, keep=None, **unread):
@@ -35,6 +36,13 @@ def in_turn(tx: optax.GradientTransformation, axes: Any):
         weights, structure = jax.tree.flatten(params)
         of = owners(tx, params)
         first, state_structure = jax.tree.flatten(state)
+        if keep is None and any(jax.typeof(x).memory_space == HOST for x in first):
+            raise ValueError(
+                "config.optimizer.offload=True: by the keyword `keep` moments on the host stay as "
+                "they were after a bad update, and the method's wrap of the optimizer drops it; "
+                "make that an optax.GradientTransformationExtraArgs whose update hands all "
+                "keywords on, or leave offload out"
+            )
 
         def turn(cut, grads, held):
             """Updates and new state of what `cut` takes out of (index of a param, array)."""
