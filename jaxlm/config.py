@@ -163,7 +163,7 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         )
     if c.accumulate > 1 and not method.separable:
         raise ValueError(f"config.method={c.method!r} is no sum over rows: set config.accumulate=1")
-    if c.optimizer.gradient_dtype and not 1 < c.accumulate <= MOST_BFLOAT16:
+    if c.optimizer.gradient_dtype == "bfloat16" and not 1 < c.accumulate <= MOST_BFLOAT16:
         raise ValueError(
             f"config.optimizer.gradient_dtype={c.optimizer.gradient_dtype!r} is for sums of 2 to "
             f"{MOST_BFLOAT16} micro-batches, and config.accumulate={c.accumulate}: "

@@ -93,6 +93,16 @@ def test_what_cannot_run_is_refused(recipe, key, value, message):
         check(recipe).expect.figures()
 
 
+@pytest.mark.parametrize("accumulate", [1, 512])
+def test_sums_of_gradients_may_be_said_to_be_what_they_are(recipe, accumulate):
+    recipe.batch = recipe.accumulate = accumulate
+    recipe.optimizer.gradient_dtype = "bfloat16"
+    with pytest.raises(ValueError, match=f"for sums of 2 to 256 .*config.accumulate={accumulate}"):
+        check(recipe)
+    recipe.optimizer.gradient_dtype = "float32"
+    assert check(recipe).optimizer.gradient_dtype == "float32"
+
+
 def test_a_method_of_your_own_has_knobs(recipe, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from jaxlm.contract import Method\n"
