@@ -58,9 +58,4 @@ def _offloaded(run, mesh, axes, layout):
         raise ValueError(
             f"{key}: {run.optimizer.name} keeps no moments of matrices here; leave it out"
         )
-    if not any(names[:1] == ("layers",) for names in axes):
-        raise ValueError(
-            f"{key} brings moments back a layer at a time, and layers are not stacked here: set "
-            "config.model.scan_layers='on', or leave it out"
-        )
     return found

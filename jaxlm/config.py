@@ -137,6 +137,8 @@ def check(c: ConfigDict, overrides: Iterable[str] = ()) -> Run:
         )
     groups = {name: _build(spec, c[name], name) for name, spec in GROUPS.items() if name != "data"}
     groups["optimizer"] = settled(groups["optimizer"])
+    if groups["optimizer"].offload:
+        groups["model"] = _stacked(groups["model"])
     method, used = _method(c)
     data = _data(c.data, c.method, method.reads)
     workdir = c.workdir or f"runs/{c.name}"
@@ -334,6 +336,17 @@ def _build(spec, group: ConfigDict, name: str):
         return spec(**{k: v for k, v in group.items() if k in _fields(spec)})
     except ValueError as e:
         raise ValueError(f"config.{name}: {e}") from None
+
+
+def _stacked(model: DecoderConfig) -> DecoderConfig:
+    """The model for moments that lie on the hosts and come back a layer at a time, wherever it is
+    trained or planned. Raises `ValueError` where its layers are to lie one by one."""
+    if model.scan_layers == "off":
+        raise ValueError(
+            "config.optimizer.offload=True brings moments back a layer at a time, and "
+            "config.model.scan_layers='off' does not stack the layers: leave one of them out"
+        )
+    return dataclasses.replace(model, scan_layers="on")
 
 
 def _data(group: ConfigDict, method: str, reads: str) -> DataSpec:

@@ -103,6 +103,18 @@ def test_sums_of_gradients_may_be_said_to_be_what_they_are(recipe, accumulate):
     assert check(recipe).optimizer.gradient_dtype == "float32"
 
 
+def test_layers_are_stacked_where_moments_come_back_one_by_one(recipe):
+    """Also on a GPU, for which they are not by themselves, and where a CPU stands in for one."""
+    assert check(recipe).model.scan_layers == "auto"
+    recipe.optimizer.offload = True
+    run = check(recipe)
+    assert run.model.scan_layers == "on"
+    assert configs.from_saved(run.config).model == run.model
+    recipe.model.scan_layers = "off"
+    with pytest.raises(ValueError, match=r"offload=True.*scan_layers='off'.*leave one of them out"):
+        check(recipe)
+
+
 def test_a_method_of_your_own_has_knobs(recipe, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from jaxlm.contract import Method\n"

@@ -98,7 +98,7 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations and products; norms, softmax, logits stay float32
     param_dtype: str = "float32"
     quantize: str = "off"  # a name of QUANTIZE: what products of kernels multiply, see `products`
-    scan_layers: str = "auto"  # on | off | auto: on for a TPU
+    scan_layers: str = "auto"  # on | off | auto: on for a TPU, and with optimizer.offload
     remat: str = "none"  # a name of REMAT
     attention: str = "auto"  # a name of attention.BACKENDS, or auto
     loss_chunk: int = 0  # tokens of a device whose logits exist at one time; 0 = all

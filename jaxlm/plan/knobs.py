@@ -50,8 +50,9 @@ def _candidates(run: Run, sizes: dict[str, int]):
         changed(run, model__loss_chunk=chunk),
     )
     if not run.optimizer.offload:
+        stacked = " --config.model.scan_layers=on" * (run.model.scan_layers == "off")
         yield (
-            "--config.optimizer.offload=True --config.model.scan_layers=on",
+            f"--config.optimizer.offload=True{stacked}",
             "the moments to and from the host in each step",
             changed(run, optimizer__offload=True, model__scan_layers="on"),
         )
