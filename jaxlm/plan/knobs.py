@@ -43,7 +43,9 @@ def _candidates(run: Run, sizes: dict[str, int]):
         micro = run.accumulate * times
         text = f"weights gathered {times} times as often"
         yield f"--config.accumulate={micro}", text, changed(run, accumulate=micro)
-    chunk = (run.model.loss_chunk or run.tokens_per_step) // 4
+    _, rows, length = memory.share_of_one(run, sizes)
+    at_once = min(run.model.loss_chunk or rows * length, rows * length)
+    chunk = max(at_once // 4, 1)
     yield (
         f"--config.model.loss_chunk={chunk}",
         "little",

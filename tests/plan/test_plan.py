@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from jaxlm.build import build
 from jaxlm.chips import CHIPS
-from jaxlm.config import check
+from jaxlm.config import check, flatten
 from jaxlm.host import gpu_memory, process
 from jaxlm.plan import gpus, hlo, knobs, make, memory, reckon, roofline, sweep, tell, topology
 from jaxlm.plan.collectives import Collective, by_kind_and_axes
@@ -138,17 +138,37 @@ def test_memory_of_a_run_is_what_was_planned():
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1), found
 
 
+def helpful(here, c):
+    """What is told to save memory of a recipe's run, and the memory of that."""
+    built = build(check(c), 256, jax.devices())
+    before = memory.reckon(built)
+    return knobs.helpful(types.SimpleNamespace(built=built, memory=before, topology=here)), before
+
+
 @pytest.mark.slow
 def test_knobs_save_what_they_say(here):
-    built = build(run(batch=64, remat="none"), 256, jax.devices())
-    before = memory.reckon(built)
-    fake = types.SimpleNamespace(built=built, memory=before, topology=here)
-    found = knobs.helpful(fake)
+    """Given on the command line they make the run that was reckoned; savings known by hand."""
+    c = tiny.get_config()
+    c.batch, c.model.vocabulary, c.model.scan_layers = 16, 4096, "off"
+    found, before = helpful(here, c)
     assert [k.saves for k in found] == sorted((k.saves for k in found), reverse=True)
-    by_flag = {k.flag: k for k in found}
-    full = by_flag["--config.model.remat=full"]
-    other = build(make.changed(built.run, model__remat="full"), 256, jax.devices())
-    assert full.saves == before.total - memory.reckon(other).total
+    for knob in found:
+        other = c.copy_and_resolve_references()
+        for flag in knob.flag.split():
+            key, value = flag.removeprefix("--config.").split("=")
+            kind = type(flatten(c.to_dict())[key])
+            value = value == "True" if kind is bool else kind(value)
+            other.update_from_flattened_dict({key: value})
+        built = build(check(other), 256, jax.devices())
+        assert before.total - memory.reckon(built).total == knob.saves, knob.flag
+    saves = {k.flag: k.saves for k in found}
+    tokens, vocabulary = 16 // 8 * 32, 4096  # of a device
+    logits = 1.5 * 4 * (tokens - tokens // 4) * vocabulary  # and half of them for gradients
+    assert saves[f"--config.model.loss_chunk={tokens // 4}"] == logits
+    kernels = sum(reckon.parameters(check(c))) / 8
+    assert saves["--config.optimizer.moment_dtype=bfloat16"] == pytest.approx(2 * kernels, rel=0.02)
+    offload = "--config.optimizer.offload=True --config.model.scan_layers=on"
+    assert saves[offload] == pytest.approx(8 * kernels, rel=0.02)
 
 
 @pytest.mark.slow
