@@ -166,12 +166,20 @@ def _checked(flags):
             f"than the {MOST:,} of one call; ask for some at a time, with --seed for others"
         )
     if flags.chat:
-        before = [{"role": "system", "content": flags.system}] if flags.system else []
-        message = lambda text: [*before, {"role": "user", "content": text}]
+        message = lambda text: [{"role": "user", "content": text}]
         prompts = [p if p.messages else Prompt(messages=message(p.text)) for p in prompts]
-    elif flags.system:
-        raise ValueError("--system is a message of a conversation: give --chat too")
+    if flags.system:
+        prompts = [_behind(flags.system, prompt) for prompt in prompts]
     return sampling, prompts
+
+
+def _behind(system: str, prompt: Prompt) -> Prompt:
+    """The conversation with that message of the system, unless it has one of its own."""
+    if not prompt.messages:
+        raise ValueError("--system is a message of a conversation: give --chat too")
+    if prompt.messages[0]["role"] == "system":
+        return prompt
+    return Prompt(messages=[{"role": "system", "content": system}, *prompt.messages])
 
 
 def _flags():
@@ -195,7 +203,11 @@ def _flags():
         action="store_true",
         help="a prompt is a message, for the chat template",
     )
-    add("--system", default="", help="text of the system's message before those prompts")
+    add(
+        "--system",
+        default="",
+        help="text of the system's message, for conversations that begin with none",
+    )
     add(
         "--keep_end",
         default=False,

@@ -140,9 +140,15 @@ def test_more_tokens_than_can_be_counted_are_refused(run):
         run(tokens=3_000_000_000)
 
 
-def test_a_message_of_the_system_stands_before_each_prompt():
-    words = ["--checkpoint=x", "--chat", "--system=Be kind.", "--prompt=one", "--prompt=two"]
-    _, prompts = command._checked(command._flags().parse_args(words))
-    system = {"role": "system", "content": "Be kind."}
-    asked = [[system, {"role": "user", "content": text}] for text in ("one", "two")]
-    assert [prompt.messages for prompt in prompts] == asked
+def test_a_message_of_the_system_stands_before_each_conversation(tmp_path):
+    words = ["--checkpoint=x", "--system=Be kind."]
+    asked = lambda *more: [
+        prompt.messages
+        for prompt in command._checked(command._flags().parse_args([*words, *more]))[1]
+    ]
+    system, own = {"role": "system", "content": "Be kind."}, {"role": "system", "content": "Be."}
+    user = {"role": "user", "content": "one"}
+    assert asked("--chat", "--prompt=one") == [[system, user]]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": m}) for m in ([user], [own, user])))
+    assert asked(f"--prompts={file}") == [[system, user], [own, user]]

@@ -193,7 +193,7 @@ def test_a_failed_export_leaves_nothing(ours, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jaxlm.convert.export.write", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="back could not be written: No space"):
         to_hf(ours, tmp_path / "back", **quiet)
     assert list(tmp_path.iterdir()) == []
 
