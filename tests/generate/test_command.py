@@ -77,8 +77,8 @@ def test_the_help_says_what_is_usual(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command.main()
     said = " ".join(capsys.readouterr().out.split())
-    for flag, usual in (("top_p", 1.0), ("tokens", 128), ("temperature", 0.8)):
-        assert f"(default: {usual})" in said.partition(f" --{flag} {flag.upper()}")[2][:99]
+    for flag, usual in (("top_p", 1.0), ("rows", 32), ("temperature", 0.8)):
+        assert f"(default: {usual})" in said.partition(f" --{flag} {flag.upper()} ")[2][:99]
 
 
 def test_answers_are_in_a_file_before_all_are_there(run, tmp_path):
