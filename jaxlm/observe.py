@@ -339,11 +339,11 @@ class Observer:
 
 
 def _generation(run) -> dict[str, Any]:
-    """generation_config.json of the Hugging Face model that a run began with, which says what ends
-    a text; {} for none."""
-    if began := kept.read(run.workdir):
-        return began.generation
-    return kept.generation(Path(run.init.hf).expanduser()) if run.init.hf else {}
+    """What the Hugging Face model that a run began with says of the ends of texts; {} for none."""
+    began = kept.read(run.workdir)
+    if run.init.hf and not began:
+        began = kept.of_hf(Path(run.init.hf).expanduser(), run.model)
+    return kept.of_generation(began.generation, began.hf) if began else {}
 
 
 def first_question(documents: Iterable[Document], template: chat.Template, most: int) -> list[int]:

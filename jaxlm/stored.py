@@ -181,5 +181,5 @@ def _of_run(folder):
     if not options.vocabulary:
         size = tokenizers.load(where).vocabulary_size
         options = dataclasses.replace(options, vocabulary=size)
-    generation = began.generation if began else {}
+    generation = kept.of_generation(began.generation, began.hf) if began else {}
     return Stored(folder, options, run.data.length, where, generation, run)

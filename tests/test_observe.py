@@ -38,13 +38,16 @@ def test_compressors_are_run_here_where_their_thread_gets_no_time(monkeypatch):
     assert len(done) == 1, "it had come to its end by itself"
 
 
-def test_tasks_end_where_generation_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("named_by", ["config.json", "generation_config.json"])
+def test_tasks_end_where_generation_does(tmp_path, monkeypatch, named_by):
     """Also at what a Hugging Face model, which the run began with, and the template name."""
     test_columns.write_pairs(tmp_path)
     built, prepared = test_columns.made(tmp_path, tmp_path / "run")
     run = dataclasses.replace(built.run, eval=EvalSpec(tasks="some"))
     run.workdir.mkdir()
-    kept.write(run.workdir, kept.Kept(run.model, {}, {"eos_token_id": [65, 66]}))
+    files: list[dict] = [{"eos_token_id": [65, 66]}, {}]
+    files = files if named_by == "config.json" else files[::-1]
+    kept.write(run.workdir, kept.Kept(run.model, *files))
     given = []
     monkeypatch.setattr(observe, "RunningTasks", lambda *args: given.append(args))
     monkeypatch.setattr(chat.Template, "stops", frozenset({67}))

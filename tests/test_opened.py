@@ -11,6 +11,7 @@ import pytest
 from jaxlm.checkpoint import Checkpoints, digest
 from jaxlm.config import check, defaults, nest, source
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.hf import kept
 from jaxlm.models.options import DecoderConfig
 from jaxlm.models.transformer import decoder
 from jaxlm.opened import SHARE, fitting, open_model, placed
@@ -169,6 +170,12 @@ def test_a_best_step_that_there_is_not_is_told(tmp_path):
     with pytest.raises(argparse.ArgumentTypeError, match="'bets' is no step"):
         a_step("bets")
     assert (a_step("best"), a_step("30")) == ("best", 30)
+
+
+@pytest.mark.parametrize("files", [({"eos_token_id": 65}, {}), ({}, {"eos_token_id": [65]})])
+def test_a_run_ends_where_the_model_does_that_it_began_with(tmp_path, files):
+    kept.write(run_of(tmp_path), kept.Kept(DecoderConfig(**ODD), *files))
+    assert open_model(tmp_path).ends == {257, 65}
 
 
 def test_a_run_that_compares_sizes_alone_is_opened_so(tmp_path, monkeypatch):
