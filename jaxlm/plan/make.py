@@ -50,6 +50,7 @@ def plan(run: Run, topology: Topology) -> Plan:
     built = plan_run(run, topology)
     kernel = has_kernel(built, topology)
     model, computed = step_flops(built, kernel)
+    held = memory.reckon(built, kernel)
     compiled = compile_step(built, topology)
     times = None
     if compiled.program is not None:
@@ -57,8 +58,9 @@ def plan(run: Run, topology: Topology) -> Plan:
         devices, moved = list(built.mesh.devices.flat), traffic(compiled.program)
         if not topology.compiled_for_it:  # its attention holds scores that a GPU's never do
             moved = Traffic(0.0, reckon.traffic(built.run, dict(built.mesh.shape)))
-        times = roofline.times(topology, devices, share, moved, compiled.collectives)
-    return Plan(built, topology, compiled, memory.reckon(built, kernel), model, computed, times)
+        sent = compiled.collectives
+        times = roofline.times(topology, devices, share, moved, sent, held.host)
+    return Plan(built, topology, compiled, held, model, computed, times)
 
 
 def has_kernel(built: Built, topology: Topology) -> bool:

@@ -4,11 +4,13 @@
     the rest      traffic of all other instructions / memory bandwidth
     links         bytes sent within a slice or node / link bandwidth
     network       bytes sent between them / network bandwidth
+    host          moments that lie in its host's memory, there and back / host bandwidth
 
 Computing is products and the rest, one after the other. Collectives within a slice are hidden
-behind it as far as they fit; those over the network are not. The bandwidths are taken at a share
-that good programs reach (`REACHED`); the peak is not, so what is told is what the program could
-reach, and a run that stays below it has something else to look for.
+behind it as far as they fit; those over the network are not, nor are moments, which are fetched
+when all gradients are there. The bandwidths are taken at a share that good programs reach
+(`REACHED`); the peak is not, so what is told is what the program could reach, and a run that stays
+below it has something else to look for.
 
 A torus gives a group all links of the dimensions along which its members differ, half of them where
 its members do not close a ring there.
@@ -18,11 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.chips import Chip
 from jaxlm.plan.collectives import Collective
 from jaxlm.plan.topology import Topology
 from jaxlm.plan.traffic import Traffic
 
-REACHED = 0.9  # of memory, link and network bandwidth
+REACHED = 0.9  # of every bandwidth
 RING = {"v4": 4, "v5p": 4, "v5e": 16, "v6e": 16}  # a dimension of this many chips closes a ring
 
 
@@ -33,6 +36,7 @@ class Times(NamedTuple):
     rest: float
     links: float
     network: float
+    host: float = 0.0
 
     @property
     def computing(self) -> float:
@@ -41,17 +45,23 @@ class Times(NamedTuple):
     @property
     def step(self) -> float:
         """Collectives within a slice hidden as far as they fit."""
-        return max(self.computing, self.links) + self.network
+        return max(self.computing, self.links) + self.network + self.host
 
     @property
     def nothing_hidden(self) -> float:
-        return self.computing + self.links + self.network
+        return self.computing + self.links + self.network + self.host
 
 
 def times(
-    topology: Topology, devices: list, flops_of_one: float, moved: Traffic, sent: list[Collective]
+    topology: Topology,
+    devices: list,
+    flops_of_one: float,
+    moved: Traffic,
+    sent: list[Collective],
+    on_host: float = 0.0,
 ) -> Times:
-    """Times of a step. `devices` in the order of the mesh; `flops_of_one`: what one computes."""
+    """Times of a step. `devices` in the order of the mesh; `flops_of_one`: what one computes;
+    `on_host`: bytes of its moments there."""
     chip = topology.chip
     memory = chip.memory * REACHED
     links = network = 0.0
@@ -60,7 +70,12 @@ def times(
         seconds = one.total / (speed * REACHED)
         links, network = links + seconds * (not over_network), network + seconds * over_network
     products = max(flops_of_one / chip.flops, moved.with_products / memory)
-    return Times(products, moved.without / memory, links, network)
+    return Times(products, moved.without / memory, links, network, of_moments(chip, on_host))
+
+
+def of_moments(chip: Chip, on_host: float) -> float:
+    """Seconds that the moments of a device take from its host's memory and back to it."""
+    return 2 * on_host / (chip.host * REACHED)
 
 
 def bandwidth(topology: Topology, devices: list) -> tuple[float, bool]:

@@ -88,13 +88,14 @@ def rank(recipe: Run, topology: Topology) -> list[Choice]:
                 run=make.changed(built.run, model__remat=remat, accumulate=accumulate)
             )
             kernel = make.has_kernel(other, topology)
-            held = memory.reckon(other, kernel).total
-            if held > ROOM * topology.capacity:
+            held = memory.reckon(other, kernel)
+            if held.total > ROOM * topology.capacity:
                 continue
             if remat not in flops:
                 flops[remat] = make.step_flops(other, kernel)[1]
             share = flops[remat] / len(topology.devices)
-            found.append(Choice(other.run, sizes, held, reckoned_times(other, topology, share)))
+            times = reckoned_times(other, topology, share, held.host)
+            found.append(Choice(other.run, sizes, held.total, times))
     return sorted(found, key=_order)
 
 
@@ -117,7 +118,9 @@ def meshes(recipe: Run, topology: Topology) -> list[dict[str, int]]:
     ]
 
 
-def reckoned_times(built: Built, topology: Topology, flops_of_one: float) -> roofline.Times:
+def reckoned_times(
+    built: Built, topology: Topology, flops_of_one: float, on_host: float
+) -> roofline.Times:
     sizes = dict(built.mesh.shape)
     sent = reckon.sent(built.run, sizes)._asdict()
     collectives = [
@@ -127,7 +130,7 @@ def reckoned_times(built: Built, topology: Topology, flops_of_one: float) -> roo
     ]
     moved = Traffic(0.0, reckon.traffic(built.run, sizes))
     devices = list(built.mesh.devices.flat)
-    return roofline.times(topology, devices, flops_of_one, moved, collectives)
+    return roofline.times(topology, devices, flops_of_one, moved, collectives, on_host)
 
 
 def _along(sizes, axis):

@@ -60,7 +60,7 @@ def memory_of(console, plan: Plan) -> None:
     console.table([(name, f"{size / GIB:.2f}", why) for name, size, why in rows if size])
     if kinds.host:
         size = f"{kinds.host / GIB:.2f}"
-        console.say(f"  on its host {size}: moments, which come and go each step; not timed here")
+        console.say(f"  on its host {size}: moments, which come and go each step")
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
     needs, has = plan.peak_bytes / GIB, plan.capacity / GIB
     console.say(f"  in all {needs:.2f} of {has:.2f}, {needs / has:.0%}: {verdict}")
@@ -100,6 +100,7 @@ def times(console, plan: Plan, budget_tokens: float) -> None:
     console.say("\nTime of a step by the roofline, s")
     parts = [("products", t.products), ("memory", t.rest), ("links", t.links)]
     parts += [("network", t.network)] if t.network else []
+    parts += [("host", t.host)] if t.host else []
     console.table([(name, f"{seconds:.3g}") for name, seconds in parts])
     for text, seconds in (("collectives hidden", t.step), ("nothing hidden", t.nothing_hidden)):
         speed = plan.tokens / seconds
@@ -108,9 +109,10 @@ def times(console, plan: Plan, budget_tokens: float) -> None:
             f"{speed * DAY / 1e9:,.3g}G tokens a day; {budget_tokens / 1e9:,.4g}G tokens take "
             f"{budget_tokens / speed / DAY:,.3g} days"
         )
+    host = f", host {chip.host / 1e9:,.0f}" if t.host else ""
     bandwidths = (
-        f"; {REACHED:.0%} of memory {chip.memory / 1e9:,.0f}, links {chip.link / 1e9:,.0f} and "
-        f"network {chip.network / 1e9:,.1f} GB/s"
+        f"; {REACHED:.0%} of memory {chip.memory / 1e9:,.0f}{host}, links {chip.link / 1e9:,.0f} "
+        f"and network {chip.network / 1e9:,.1f} GB/s"
         if chip.platform != "cpu"
         else "; bandwidths unknown, and so not counted"
     )
@@ -131,14 +133,15 @@ def weak_scaling(console, run, chip, points) -> None:
     """The table of `scaling.weak_scaling`."""
     rows = max(run.batch // scaling.OF, run.accumulate)
     console.say(f"{run.name} on {chip.name}: {rows} rows of {run.data.length:,} tokens a device")
+    waits = ["computing", "links", "network"] + ["host"] * any(p.times.host for p in points)
     rows = [
         (
             f"{p.devices:,}",
             reckon.spread(p.sizes),
-            *(f"{s:.2f}" for s in (p.times.computing, p.times.links, p.times.network)),
+            *(f"{getattr(p.times, wait):.2f}" for wait in waits),
             *((f"{p.mfu:.1%}", f"{p.exposed:.1%}") if p.fits else ("does not fit", "")),
         )
         for p in points
     ]
-    header = ("devices", "mesh", "computing, s", "links, s", "network, s", "MFU", "nothing hidden")
+    header = ("devices", "mesh", *(f"{wait}, s" for wait in waits), "MFU", "nothing hidden")
     console.table(rows, header)

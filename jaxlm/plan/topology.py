@@ -203,4 +203,5 @@ def _cpu(devices: int) -> Chip:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     peak = matmul_peak("float32", jax.devices("cpu")[0]) / devices
     unknown = math.inf
-    return Chip("cpu", "cpu", ("cpu",), peak, memory, unknown, unknown, unknown, 0, 0)
+    bandwidths = (unknown,) * 4
+    return Chip("cpu", "cpu", ("cpu",), peak, memory, *bandwidths, torus=0, joined=0)

@@ -18,7 +18,18 @@ from jaxlm.build import build
 from jaxlm.chips import CHIPS
 from jaxlm.config import check, flatten
 from jaxlm.host import gpu_memory, process
-from jaxlm.plan import gpus, hlo, knobs, make, memory, reckon, roofline, sweep, tell, topology
+from jaxlm.plan import (
+    gpus,
+    hlo,
+    knobs,
+    make,
+    memory,
+    reckon,
+    roofline,
+    sweep,
+    tell,
+    topology,
+)
 from jaxlm.plan.collectives import Collective, by_kind_and_axes
 from jaxlm.plan.program import Compiled, compile_step
 from jaxlm.plan.traffic import Traffic, traffic
@@ -279,8 +290,12 @@ def test_times_by_hand():
     assert roofline.bandwidth(node, [device(i) for i in range(16)]) == (50e9, True)
     sent = [Collective("all-gather", ("fsdp",), tuple(range(256)), 18e9, 10.0)]
     times = roofline.times(v5e, square, 197e12, Traffic(0.0, 819e9 * 0.9), sent)
-    assert times == pytest.approx((1.0, 1.0, 1.0, 0.0))
+    assert times == pytest.approx((1.0, 1.0, 1.0, 0.0, 0.0))
     assert (times.step, times.nothing_hidden) == pytest.approx((2.0, 3.0))
+    moments = 0.9 * CHIPS["v5e"].host / 2  # as many bytes come and go in a second
+    times = roofline.times(v5e, square, 197e12, Traffic(0.0, 819e9 * 0.9), sent, moments)
+    assert times == pytest.approx((1.0, 1.0, 1.0, 0.0, 1.0))
+    assert (times.step, times.nothing_hidden) == pytest.approx((3.0, 4.0))
 
 
 @pytest.mark.parametrize(
