@@ -14,6 +14,7 @@ import pytest
 import tiny
 from jax.experimental import topologies
 
+from jaxlm import sharding
 from jaxlm.build import build
 from jaxlm.chips import CHIPS
 from jaxlm.config import check, flatten
@@ -26,6 +27,7 @@ from jaxlm.plan import (
     memory,
     reckon,
     roofline,
+    scaling,
     sweep,
     tell,
     topology,
@@ -180,6 +182,50 @@ def test_knobs_save_what_they_say(here):
     assert saves["--config.optimizer.moment_dtype=bfloat16"] == pytest.approx(2 * kernels, rel=0.02)
     offload = "--config.optimizer.offload=True --config.model.scan_layers=on"
     assert saves[offload] == pytest.approx(8 * kernels, rel=0.02)
+
+
+OFFLOAD = {"optimizer__offload": True, "model__scan_layers": "on"}
+HALF = {"optimizer__moment_dtype": "bfloat16", "optimizer__second_moment_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "bytes"),
+    [
+        ({}, 4 + 4 + 8),
+        (HALF, 4 + 4 + 4),
+        (OFFLOAD, 4 + 4),
+        ({"model__param_dtype": "bfloat16"}, 2 + 2 + 8),
+        ({"accumulate": 4}, 4 + 4 + 4 + 8),
+    ],
+)
+def test_weak_scaling_holds_what_the_run_holds(keys, bytes):
+    """Of each number: parameter, gradient, the sum of them over micro-batches, two moments."""
+    recipe = make.changed(run(batch=4), **keys)
+    one = dict.fromkeys(sharding.MESH_AXES, 1)
+    built = build(recipe, 256, jax.devices()[:1])
+    whole = memory.reckon(built, True)
+    held = lambda sizes: scaling.held(recipe, whole, sizes)
+    passes = memory.passes(*memory.share_of_one(recipe, one), 1, True)
+    numbers = sum(reckon.parameters(recipe))
+    assert held(one) - passes == pytest.approx(bytes * numbers, rel=0.02)  # scales and counts
+    assert held(one) == memory.reckon(built, True).total
+
+
+def test_weak_scaling_asks_for_no_mesh_and_no_machine(monkeypatch):
+    """A recipe's mesh is of its own machine; the way to the host's memory takes its time."""
+    monkeypatch.setattr(make, "step_flops", lambda *_: (1, 1.0))
+    mesh = {"mesh__tensor": 2, "mesh__sequence": 2, "mesh__data": 2}
+    recipe = make.changed(run(batch=8, heads=4), **mesh)
+    chip = CHIPS["v5e"]
+    plain, away = (
+        scaling.weak_scaling(make.changed(recipe, **keys), chip) for keys in ({}, OFFLOAD)
+    )
+    assert [p.devices for p in plain] == list(scaling.DEVICES)
+    assert all(p.times.host == 0 for p in plain)
+    kernels = sum(reckon.parameters(recipe))
+    for p in away:
+        moments = 8 * kernels / p.sizes["fsdp"]
+        assert p.times.host == pytest.approx(2 * moments / (0.9 * chip.host))
 
 
 @pytest.mark.slow
