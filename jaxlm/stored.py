@@ -163,18 +163,23 @@ def behind(path: str | Path) -> Stored | None:
     return None
 
 
+def _unreadable(folder: Path) -> ValueError:
+    return ValueError(f"{folder}/run.json cannot be read as what a run writes of itself")
+
+
 def _saved(folder):
     """The flat config of a run."""
     try:
         return configs.flatten(json.loads((folder / "run.json").read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{folder}/run.json cannot be read as what a run writes of itself"
-        ) from None
+        raise _unreadable(folder) from None
 
 
 def _of_run(folder):
-    run = configs.from_saved(_saved(folder))
+    try:
+        run = configs.from_saved(_saved(folder))
+    except (KeyError, TypeError, AttributeError):
+        raise _unreadable(folder) from None
     began = kept.read(folder)  # if it was with a Hugging Face model
     where = folder / "tokenizer"
     options = run.model

@@ -6,13 +6,14 @@ from such a model, so that the way back gives the same config.json.
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.files import write_atomically
 from jaxlm.hf import folder as hf
 from jaxlm.hf import keys
-from jaxlm.hf.family import Json
+from jaxlm.hf.family import Json, whole
 from jaxlm.models.options import DecoderConfig
 
 FORMAT = 1
@@ -54,15 +55,30 @@ def read(folder: Path) -> Kept | None:
         content = json.loads(path.read_text())
         if content["format"] > FORMAT:
             raise ValueError(f"{path} was written by a newer jaxlm; upgrade jaxlm to read it")
-        known = {field.name for field in dataclasses.fields(DecoderConfig)}
-        if strange := content["model"].keys() - known:
+        kinds = typing.get_type_hints(DecoderConfig)
+        model, inside = content["model"], content.get("inside", "")
+        if strange := model.keys() - kinds.keys():
             raise ValueError(
                 f"{path} has options that this jaxlm does not know: {', '.join(sorted(strange))}"
             )
-        parts = DecoderConfig(**content["model"]), content["hf"], content["generation"]
-        return Kept(*parts, content.get("inside", ""))
-    except (json.JSONDecodeError, KeyError, TypeError):
+        found = Kept(DecoderConfig(**model), content["hf"], content["generation"], inside)
+        if not all(isinstance(part, dict) for part in (found.hf, found.generation)):
+            raise TypeError
+        if odd := [key for key, value in model.items() if not _is(value, kinds[key])]:
+            raise ValueError(f"{path} says {odd[0]}={keys.shown(model[odd[0]])}, which cannot be")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not readable as what jaxlm writes of a model") from None
+    try:
+        whole(found.options)
+        keys.require(found.hf, ())
+        keys.require(found.generation, ())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found
+
+
+def _is(value: Any, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def of_hf(folder: Path, options: DecoderConfig) -> Kept:

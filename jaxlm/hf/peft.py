@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxlm.checkpoint.stacks import Shapes, of_layers, places
-from jaxlm.hf import tensors, wrapped
+from jaxlm.hf import keys, tensors, wrapped
 from jaxlm.hf.family import Family, Json
 from jaxlm.hf.links import Columns, Link, Same, Transposed
 from jaxlm.hf.tensors import Spec, names_of
@@ -63,7 +63,7 @@ def read(path: Path, inside: str = "") -> Adapter:
         said = ", ".join(f"{key}={config[key]!r}" for key in sorted(wrong))
         raise ValueError(f"{path / CONFIG} sets {said}, which is not supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    known = {"r": isinstance(rank, int) and rank > 0, "lora_alpha": isinstance(alpha, (int, float))}
+    known = {"r": keys.SIZE.fits(rank), "lora_alpha": keys.POSITIVE.fits(alpha)}
     if unknown := [key for key, is_known in known.items() if not is_known]:
         raise ValueError(
             f"{path / CONFIG} does not say {' and '.join(unknown)}, and so not what its factors "
@@ -82,6 +82,11 @@ def read(path: Path, inside: str = "") -> Adapter:
     whole = {n: (a, b) for n, (a, b) in pairs.items() if a and b and a.shape[0] == b.shape[1]}
     if 2 * len(whole) != len(bare):
         raise ValueError(f"{path / WEIGHTS} is not whole: a lora_A lacks a lora_B that fits it")
+    if other := sorted(name for name, (a, _) in whole.items() if a.shape[0] != rank):
+        raise ValueError(
+            f"{path / CONFIG} says r={rank}, by which factors are scaled, and those of {other[0]} "
+            f"have a rank of {whole[other[0]][0].shape[0]}: the two do not belong together"
+        )
     factors, others = wrapped.taken_out(whole) if inside else (whole, {})
     return Adapter(lora.scale(rank, alpha, bool(config.get("use_rslora"))), factors, others)
 

@@ -268,3 +268,31 @@ def test_without_a_generation_config_the_model_s_own_says_what_ends_a_text(llama
         edit(path, eos_token_id=json.loads(odd))
         with pytest.raises(ValueError, match=r"eos_token_id=.*, where the number of a token"):
             stored.look(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": []}, "not readable as what jaxlm writes"),
+        ({"hf": None}, "not readable as what jaxlm writes"),
+        ({"generation": [1]}, "not readable as what jaxlm writes"),
+        ({"model": {"width": "a"}}, 'says width="a", which cannot be'),
+        ({"model": {"vocabulary": 9, "width": 0}}, "model.json: config.model.width is 0"),
+        ({"hf": {"max_position_embeddings": "a"}}, 'max_position_embeddings="a", where'),
+        ({"generation": {"eos_token_id": "a"}}, 'eos_token_id="a", where'),
+    ],
+)
+def test_what_a_model_json_cannot_say(tmp_path, change, words):
+    said = {"format": 1, "model": {"vocabulary": 9}, "hf": {}, "generation": {}}
+    (tmp_path / "model.json").write_text(json.dumps(said))
+    assert kept.read(tmp_path).options.vocabulary == 9
+    (tmp_path / "model.json").write_text(json.dumps(said | change))
+    with pytest.raises(ValueError, match=words):
+        kept.read(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"method": 3}, {"method": "dpo", "model": {"width": "a"}}])
+def test_a_run_json_of_another_kind_is_told(tmp_path, config):
+    (tmp_path / "run.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(ValueError, match=r"run.json cannot be read as what a run writes"):
+        stored.look(tmp_path)

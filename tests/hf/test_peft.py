@@ -108,6 +108,8 @@ def test_a_fused_kernel_is_no_adapter_of_its_own(tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"peft_type": "LOHA"}, "of the kind 'LOHA'"),
         ({"r": None}, "does not say r, and"),
+        ({"r": 7}, "says r=7, by which factors are scaled, and those of .* have a rank of"),
+        ({"lora_alpha": float("nan")}, "does not say lora_alpha"),
         ({"r": 0, "lora_alpha": None}, "does not say r and lora_alpha"),
     ],
 )
