@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 
@@ -114,6 +115,10 @@ def _from_json(line, where, name, key, tally) -> Iterator[Document]:
 def _from_row(row, where, name, key, tally) -> Iterator[Document]:
     if not isinstance(row, dict):
         tally.bad(where, "not a JSON object")
+        return
+    if key and row and row.get(key) is None:
+        has = ", ".join(textwrap.shorten(str(one), 20) for one in list(row)[:8])
+        tally.bad(where, f"no text in {key!r}; the row has {has}")
         return
     yield from _checked(row.get(key) if key else _whole(row), where, name, key, tally)
 

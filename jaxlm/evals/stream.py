@@ -34,6 +34,11 @@ class Window(NamedTuple):
     end: int
 
 
+def stride_of(window: int) -> int:
+    """The share of a window that the protocol's stride is of its own."""
+    return max(1, round(window * STRIDE / WINDOW))
+
+
 def windows(length: int, window: int = WINDOW, stride: int = STRIDE) -> list[Window]:
     """The windows of a stream of `length` ids; every target but the first id is in just one.
 

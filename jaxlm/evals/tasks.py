@@ -57,6 +57,26 @@ def load(names: tuple[str, ...], include: str = "", download: bool = False) -> t
     return manager, found
 
 
+def require_examples(loaded: tuple[Any, list], count: int | None) -> None:
+    """Raises `ValueError` where a task has fewer solved examples than it is to show.
+
+    `count`: before each question; None = as the task says. Where the examples are the questions,
+    a question is none of its own.
+    """
+    for top in loaded[1]:
+        for task in top.get_all_tasks() if hasattr(top, "get_all_tasks") else [top]:
+            own = task.config.num_fewshot
+            asked = own if count is None or own == 0 else count  # a task may forbid them
+            if not asked or not hasattr(task, "sampler"):
+                continue
+            has = len(task.sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
+            if asked > has:
+                raise ValueError(
+                    f"the task {task.config.task!r} is to show {asked} solved examples before each "
+                    f"question, and has {has}; give --num_fewshot={has} at most"
+                )
+
+
 def evaluate(lm, loaded, *, writer: bool = True, **kwargs) -> dict[str, Any]:
     """What lm-eval's `simple_evaluate` returns about the loaded tasks, samples included.
 

@@ -67,6 +67,7 @@ def run_tasks(flags, console: Console) -> dict[str, Any]:
     with console.phase(1, 3, "tasks", "reading the tasks and their data"):
         names = tasks.parse(flags.tasks)
         loaded = tasks.load(names, include=flags.include_path, download=flags.download)
+        tasks.require_examples(loaded, flags.num_fewshot)
     model, opened = _opened(flags, console)
     about = _of(flags, opened) | {"model_num_parameters": _parameters(model.params)}
     about |= {"model_dtype": str(jax.tree.leaves(model.params)[0].dtype)}
@@ -124,12 +125,13 @@ def run_compression(flags, console: Console) -> dict[str, dict]:
             for spec in compress.specs(flags.compression, flags.text, flags.glob)
         }
     model, opened = _opened(flags, console)
-    compress.fitting(model, flags.window, flags.stride)
+    stride = flags.stride or stream.stride_of(flags.window)
+    compress.fitting(model, flags.window, stride)
     figures, rows = {}, {}
     with console.phase(3, 3, "evaluate", "scoring the text"):
         for name, documents in found.items():
             figures[name], rows[name] = compress.measure(
-                model, documents, window=flags.window, stride=flags.stride, percent=flags.min_k
+                model, documents, window=flags.window, stride=stride, percent=flags.min_k
             )
     console.table(
         [
@@ -276,7 +278,12 @@ def _flags():
     more = parser.add_argument_group("compression").add_argument
     more("--compression", default="", help="text files, JSON lines, Parquet, folders, with commas")
     more("--window", type=int, default=stream.WINDOW, help="tokens that the model reads at a time")
-    more("--stride", type=int, default=stream.STRIDE, help="tokens by which windows advance")
+    more(
+        "--stride",
+        type=int,
+        default=None,
+        help=f"tokens by which windows advance; the share of {stream.STRIDE} in {stream.WINDOW}",
+    )
     more("--min_k", type=float, default=stream.MIN_K, help="percent of least likely tokens; 0: off")
     more("--characters", type=int, default=0, help="of each source, at most; whole documents")
     more("--text", default="text", help="key or column that holds the text")
@@ -314,7 +321,7 @@ def _refuse(flags):
         raise ValueError(
             f"--limit={flags.limit:g} must be a number above 0; leave it out for all items"
         )
-    if flags.stride > flags.window:
+    if (flags.stride or 0) > flags.window:
         raise ValueError(
             f"--stride={flags.stride} would leave tokens unscored: it may be at most "
             f"--window={flags.window}"

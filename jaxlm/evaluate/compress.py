@@ -32,14 +32,20 @@ def specs(text: str, key: str, glob: str) -> list[sources.SourceSpec]:
 
 
 def read(spec: sources.SourceSpec, characters: int, say: Callable[[str], None]) -> list[Document]:
-    """The first documents that hold at most `characters` together (0 = all); at least one."""
+    """The first documents that hold at most `characters` together (0 = all); at least one.
+
+    One that is too long is passed over while less than half of them is there.
+    """
     tally, kept, total = Tally(), [], 0
     for document in sources.read(spec, tally, HELD_OUT):
         if document.split == "train":
             continue
-        total += len(document.text)
-        if kept and characters and total > characters:
-            break
+        size = len(document.text)
+        if kept and characters and total + size > characters:
+            if 2 * total >= characters:
+                break
+            continue
+        total += size
         kept.append(document)
     if tally.malformed > MALFORMED * tally.rows:
         raise ValueError(
@@ -61,11 +67,9 @@ def read(spec: sources.SourceSpec, characters: int, say: Callable[[str], None]) 
 def fitting(model: Model, window: int, stride: int) -> None:
     """Raises `ValueError` where the model cannot read such windows."""
     if window > model.length:
-        smaller = max(1, round(model.length * stream.STRIDE / stream.WINDOW))
         raise ValueError(
             f"--window={window} is longer than the model's context of {model.length} tokens: give "
-            f"--window={model.length} --stride={smaller}, whose figures compare with others of "
-            "that window only"
+            f"--window={model.length}, whose figures compare with others of that window only"
         )
     stream.windows(0, window, stride)
 

@@ -19,6 +19,7 @@ process.start(__name__)
 import itertools
 import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -54,6 +55,8 @@ def main() -> int:
         cluster.join(where, facts, lambda text: None)
     here = cluster.process() == 0
     say = lambda text: print(text, file=sys.stderr) if here else None
+    for note in _notes(flags):
+        say(f"Note: {note}")
     opened = openflags.opened(flags, say, every=False)
     tokenizer = opened.tokenizer
     own = is_run(flags.checkpoint)
@@ -94,6 +97,19 @@ def main() -> int:
     else:
         _write(flags, answered(), apart=len(asked) > 1)
     return 0
+
+
+def _notes(flags):
+    """What may not have been meant."""
+    for stop in flags.stop:
+        if odd := re.search(r"\\[nt]", stop):
+            what = {"n": "the end of a line", "t": "a tab"}[odd[0][1]]
+            yield (
+                f"--stop={stop} has a backslash and the letter {odd[0][1]}; for {what} write "
+                f"--stop=$'{stop}', which the shell turns into one"
+            )
+    if flags.samples > 1 and not flags.temperature:
+        yield f"--temperature=0 makes all {flags.samples} samples of a prompt the same"
 
 
 def _record(prompt, request, result, logprobs):
@@ -151,6 +167,8 @@ def _checked(flags):
     output = files.local(flags.output, "--output")
     if flags.output and output.is_dir():
         raise ValueError(f"--output={flags.output} is a folder; name a file in it")
+    if flags.output and output.exists():
+        raise ValueError(f"--output={flags.output} is there already; name another file, or move it")
     if flags.output and not output.parent.is_dir():
         raise ValueError(f"--output={flags.output}: there is no folder to write it into")
     if flags.prompts and flags.prompt:

@@ -185,7 +185,11 @@ def anywhere(config: DecoderConfig) -> DecoderConfig:
 
 
 def experts_fit(config: DecoderConfig, sizes: Mapping[str, int]) -> bool:
-    """Whether a mesh of these sizes can split the experts as `config.experts_over` says."""
+    """Whether a mesh of these sizes can split the experts as `config.experts_over` says.
+
+    Raises `ValueError` where that names no axis that can.
+    """
+    known("experts_over", config.experts_over, EXPERTS_OVER)
     return not config.experts_over or config.experts % sizes[config.experts_over] == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxlm import openflags
 from jaxlm.evals.length import Limited
 from jaxlm.evaluate import __main__ as command
-from jaxlm.evaluate import lengths, write
+from jaxlm.evaluate import compress, lengths, write
 from jaxlm.evaluate.answers import file_of
 from tests.evals.judges import favourable
 
@@ -128,6 +128,25 @@ def test_no_file_holds_nan(tmp_path):
     refuse = lambda text: pytest.fail(f"{text} is no JSON")
     found = json.loads(path.read_text(), parse_constant=refuse)
     assert found["compression"]["x"] == {"a": "nan", "b": ["inf"], "c": 3}
+
+
+def test_documents_that_are_too_long_are_passed_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["a" * 10, "b" * 99, "c" * 45, "d" * 99, "e" * 9]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (spec,) = compress.specs(str(path), "text", "")
+    read = lambda most: [len(d.text) for d in compress.read(spec, most, print)]
+    assert read(100) == [10, 45]  # and ends, since half of them is there
+    assert read(5) == [10]
+    assert read(0) == [len(text) for text in texts]
+
+
+def test_a_wrong_key_is_told_with_those_that_there_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "why?", "answer": "so"}\n')
+    (spec,) = compress.specs(str(path), "text", "")
+    with pytest.raises(ValueError, match=r"no text in 'text'; the row has question, answer"):
+        compress.read(spec, 0, print)
 
 
 def test_each_model_has_its_own_file_of_answers():

@@ -47,6 +47,16 @@ def test_an_unknown_task_names_the_nearest(folder, monkeypatch):
         tasks.load(("local_chioce",), include=str(folder))
 
 
+@pytest.mark.slow
+def test_more_examples_than_there_are_are_refused(folder):
+    loaded = tasks.load(("local_chosen_few",), include=str(folder))
+    has = len(loaded[1][0].sampler.df)
+    tasks.require_examples(loaded, None)
+    tasks.require_examples(loaded, has - 1)  # of its own questions: all but the one that is asked
+    with pytest.raises(ValueError, match=f"{has} solved .* and has {has - 1}; give --num_fewshot"):
+        tasks.require_examples(loaded, has)
+
+
 def test_a_file_whose_ending_was_left_out_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").touch()

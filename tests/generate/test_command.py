@@ -107,11 +107,26 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(run, tmp_
     assert not list(tmp_path.glob("answers*"))
 
 
-@pytest.mark.parametrize(("place", "words"), [("", "is a folder"), ("no/file", "there is no")])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("", "is a folder"), ("no/file", "there is no"), ("a.jsonl", "is there already")],
+)
 def test_an_output_that_cannot_be_written_is_refused(tmp_path, place, words):
+    (tmp_path / "a.jsonl").touch()
     flags = command._flags().parse_args(["--checkpoint=x", f"--output={tmp_path}/{place}"])
     with pytest.raises(ValueError, match=words):
         command._checked(flags)
+
+
+def test_what_may_not_be_meant_is_noted():
+    noted = lambda *flags: list(
+        command._notes(command._flags().parse_args(["--checkpoint=x", *flags]))
+    )
+    assert not noted("--stop=\n\n", "--stop=\\\\", "--temperature=0")
+    (note,) = noted("--stop=\\n\\n")
+    assert "--stop=$'\\n\\n'" in note
+    (note,) = noted("--temperature=0", "--samples=3")
+    assert "all 3 samples" in note
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from toy_decoder import toy
 
 from jaxlm.models import presets
-from jaxlm.models.options import resolve
+from jaxlm.models.options import experts_fit, resolve
 from jaxlm.models.transformer import DecoderConfig, decoder, parameter_count_by_part
 
 REFUSED = [
@@ -108,3 +108,9 @@ def test_every_preset_is_a_decoder():
     for name in (n for n in dir(presets) if n.isupper() and not n.startswith("_")):
         assert getattr(presets, name).keys() <= fields
         resolve(DecoderConfig(**getattr(presets, name), vocabulary=9), "gpu")
+
+
+def test_experts_over_no_axis_is_told_before_the_mesh_is_asked():
+    odd = DecoderConfig(experts=4, experts_over="expert")
+    with pytest.raises(ValueError, match="experts_over is 'expert', which is not one of"):
+        experts_fit(odd, {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 1})
