@@ -31,12 +31,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxlm import flops, sharding
 from jaxlm.models import layers, quantized
-from jaxlm.models.attention_shards import axes_of
 from jaxlm.models.expert_blocks import block_size, slots
+from jaxlm.models.expert_devices import Split, summed
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
 
 MOST = 4096  # rows of a block: with more only what it works with grows
@@ -71,49 +70,18 @@ def kernel_axes(name: str, over: str) -> tuple[str | None, ...]:
     return f"experts_over_{over}", takes, gives
 
 
-def on_each_device(
-    config: DecoderConfig, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL
-) -> tuple[jax.Array, dict[str, Any]]:
-    """The output of the mixture, and the taps of its kernels."""
-    how = How(ACTIVATIONS[config.activation][0], config.experts, (), False, ())
-    mesh = jax.sharding.get_abstract_mesh()
-    operands = kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL
-    if mesh.empty or (mesh.size == 1 and not mesh.are_all_axes_explicit):
-        return _of_device(how, (), *operands)
-    (B, L), whole = mask_BL.shape, quantized.rows_of(kernels["down"][0])
-    rows, length = axes_of(mesh, "batch", B), axes_of(mesh, "length", L)
-    over = axes_of(mesh, f"experts_over_{config.experts_over}", config.experts)
-    units = axes_of(mesh, "ffn", whole) if config.experts_over != "tensor" else None
-    tokens = (*(rows or ()), *(length or ()))
-    gathers = bool(over) and set(over) <= set(tokens)
-    how = how._replace(over=over or (), gathers=gathers, units=units or ())
-    features = PartitionSpec(rows, length, None)
-    of_kernels, of_taps = {}, {}
-    for name, (_, *factors) in kernels.items():
-        takes, gives = (units, None) if name == "down" else (None, units)
-        beside = PartitionSpec(over, takes, None), PartitionSpec(over, None, gives)
-        of_kernels[name] = PartitionSpec(over, takes, gives), *(beside if factors else ())
-        of_taps[name] = PartitionSpec(over, gives), PartitionSpec(over)
-    specs = of_kernels, features, features, features, PartitionSpec(rows, length)
-    if mesh.are_all_axes_explicit:
-        operands = jax.tree.map(jax.sharding.reshard, operands, specs)
-    return jax.shard_map(
-        functools.partial(_of_device, how, tokens),
-        in_specs=specs,
-        out_specs=(features, of_taps),
-        check_vma=False,
-    )(*operands)
-
-
-def _of_device(how, tokens, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
-    """What one device gives; `tokens`: axes of the mesh that split these."""
+def apply(config: DecoderConfig, split: Split, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
+    """The mixture for the tokens of one device, and the taps of its experts."""
+    gathers = bool(split.experts) and set(split.experts) <= set(split.tokens)
+    nonlinearity = ACTIVATIONS[config.activation][0]
+    how = How(nonlinearity, config.experts, split.experts, gathers, split.width)
     x_TD, chosen_TC, weights_TC = (
         x.reshape(-1, x.shape[-1]) for x in (x_BLD, chosen_BLC, weights_BLC)
     )
     fed: Any = feed(how, kernels, x_TD, weights_TC, chosen_TC, mask_BL.reshape(-1))
     y_TD, taps = fed
-    y_TD = _sum(y_TD, (*(() if how.gathers else how.over), *how.units))
-    taps = _sum(taps, tuple(axis for axis in tokens if axis not in how.over))
+    y_TD = summed(y_TD, (*(() if how.gathers else how.over), *how.units))
+    taps = summed(taps, tuple(axis for axis in split.tokens if axis not in how.over))
     return y_TD.reshape(x_BLD.shape), taps
 
 
@@ -138,7 +106,7 @@ def _feed(how, kernels, x_TD, weights_TC, chosen_TC, mask_T):
         weighed_ND = part_ND.astype(jnp.float32) * work.weights_BN[b][:, None]
         y_TD = _add_rows(y_TD, tokens_N, weighed_ND)
         # All devices with slices of these experts run as many blocks.
-        given["down"] = _sum(part_ND, how.units)
+        given["down"] = summed(part_ND, how.units)
         of_mask = lambda y_NO: jnp.sum(jnp.abs(y_NO).astype(jnp.float32) * mask_N[:, None], axis=0)
         taps = {name: taps[name].at[expert].add(of_mask(y)) for name, y in given.items()}
         return y_TD, taps, tokens_E.at[expert].add(jnp.sum(mask_N))
@@ -306,7 +274,3 @@ def _scattered(how, x_T):
     if not how.gathers:
         return x_T
     return jax.lax.psum_scatter(x_T, how.over, scatter_dimension=0, tiled=True)
-
-
-def _sum(tree, axes):
-    return jax.lax.psum(tree, axes) if axes else tree

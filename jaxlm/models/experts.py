@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from jaxlm.models import expert_shards, layers, lora, quantized
-from jaxlm.models.attention_shards import axes_of
 from jaxlm.models.expert_blocks import block_size, slots
+from jaxlm.models.expert_devices import on_each_device, summed
 from jaxlm.models.options import ACTIVATIONS, DecoderConfig
 from jaxlm.models.products import needed
 
@@ -106,10 +105,10 @@ class Mixture(nnx.Module):
         weights_BLC /= jnp.sum(weights_BLC, axis=-1, keepdims=True)
         operands = self.experts(x_BLD.dtype), x_BLD, chosen_BLC, weights_BLC, mask_BL
         if c.experts_over:
-            y_BLD, taps = expert_shards.on_each_device(c, *operands)
+            apply = functools.partial(expert_shards.apply, c)
         else:
-            of_all = functools.partial(_apply, ACTIVATIONS[c.activation][0])
-            y_BLD, taps = _on_each_device(of_all, *operands)
+            apply = functools.partial(_apply, ACTIVATIONS[c.activation][0])
+        y_BLD, taps = on_each_device(apply, c, *operands)
         chose_BLE = jnp.sum(jax.nn.one_hot(chosen_BLC, c.experts), axis=2)
         routed = Routed(
             jnp.sum(chose_BLE * mask_BL[..., None], axis=(0, 1)),
@@ -181,11 +180,8 @@ def _blocks(x_SI, expert_B):
     return x_SI.reshape(len(expert_B), -1, x_SI.shape[-1])
 
 
-def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
-    """The mixture for the tokens of one device, and taps of all; with a slice of each expert.
-
-    `token_axes`, `ffn_axes`: of the mesh, over which tokens and the experts' width are split.
-    """
+def _apply(nonlinearity, split, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
+    """The mixture for the tokens of one device, and taps of all; with a slice of each expert."""
     B, L, C = chosen_BLC.shape
     x_TD, expert_P = x_BLD.reshape(B * L, -1), chosen_BLC.reshape(-1)
     E = len(jax.tree.leaves(kernels["up"][0])[0])
@@ -203,7 +199,7 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
         size_SO = jnp.abs(y_SO).astype(jnp.float32) * mask_S[:, None]
         of_expert = functools.partial(jax.ops.segment_sum, segment_ids=expert_B, num_segments=E)
         sums = of_expert(size_SO.reshape(len(expert_B), size, -1).sum(1))
-        return _sum((sums, of_expert(mask_S.reshape(-1, size).sum(1))), token_axes)
+        return summed((sums, of_expert(mask_S.reshape(-1, size).sum(1))), split.tokens)
 
     found = {"up": _product(x_SD, kernels["up"], expert_B)}
     inner_SF = found["up"]
@@ -215,9 +211,9 @@ def _apply(nonlinearity, token_axes, ffn_axes, kernels, x_BLD, chosen_BLC, weigh
     part_SD = _product(inner_SF, kernels["down"], expert_B)  # of the width that is here
     part_TCD = part_SD[slot_P].reshape(B * L, C, -1).astype(jnp.float32)
     part_TD = jnp.sum(part_TCD * weights_BLC.reshape(B * L, C, 1), axis=1).astype(x_TD.dtype)
-    y_BLD = _sum(part_TD, ffn_axes).reshape(x_BLD.shape)
+    y_BLD = summed(part_TD, split.width).reshape(x_BLD.shape)
     known = {name: jax.lax.stop_gradient(y) for name, y in found.items()}
-    known["down"] = _sum(jax.lax.stop_gradient(part_SD), ffn_axes)
+    known["down"] = summed(jax.lax.stop_gradient(part_SD), split.width)
     return y_BLD, {name: tap(y_SO) for name, y_SO in known.items()}
 
 
@@ -229,36 +225,3 @@ def _product(x_SI, kernels, expert_B):
         return y_SO
     inner_SR = grouped_product(x_SI, factors[0], expert_B)
     return y_SO + grouped_product(inner_SR, factors[1], expert_B)
-
-
-def _on_each_device(apply, kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL):
-    mesh = jax.sharding.get_abstract_mesh()
-    operands = kernels, x_BLD, chosen_BLC, weights_BLC, mask_BL
-    if mesh.empty or (mesh.size == 1 and not mesh.are_all_axes_explicit):
-        return apply((), (), *operands)
-    B, L = mask_BL.shape
-    F = quantized.rows_of(kernels["down"][0])  # of its storage, which are split
-    rows, length, ffn = (
-        axes_of(mesh, n, size) for n, size in (("batch", B), ("length", L), ("ffn", F))
-    )
-    tokens, features = PartitionSpec(rows, length), PartitionSpec(rows, length, None)
-    units = {name: None if name == "down" else ffn for name in kernels}  # what kernels give
-    of_kernels = {}
-    for name, (_, *factors) in kernels.items():
-        takes, gives = ffn if name == "down" else None, units[name]
-        beside = PartitionSpec(None, takes, None), PartitionSpec(None, None, gives)
-        of_kernels[name] = PartitionSpec(None, takes, gives), *(beside if factors else ())
-    of_taps = {n: (PartitionSpec(None, axes), PartitionSpec(None)) for n, axes in units.items()}
-    specs = of_kernels, features, features, features, tokens
-    if mesh.are_all_axes_explicit:
-        operands = jax.tree.map(jax.sharding.reshard, operands, specs)
-    return jax.shard_map(
-        functools.partial(apply, (*(rows or ()), *(length or ())), ffn or ()),
-        in_specs=specs,
-        out_specs=(features, of_taps),
-        check_vma=False,
-    )(*operands)
-
-
-def _sum(tree, axes):
-    return jax.lax.psum(tree, axes) if axes else tree
