@@ -102,7 +102,7 @@ def test_two_processes_killed_stopped_and_continued_by_four_are_one(home, one):
     out = end(two, 143)
     host = socket.gethostname()
     assert f"\nprocess 1 on {host} has ended without a word (killed" in out
-    assert "run.py: a process ended with code 137; starting all of them again, 1 of 1" in out
+    assert "launch.local: a process ended with code 137; starting all of them again, 1 of 1" in out
     assert "Stopped by SIGTERM after step" in out
     assert "Traceback" not in out
     stopped = max(line["step"] for line in lines(home, "many"))

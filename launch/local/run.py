@@ -58,7 +58,7 @@ def main() -> int:
         if code in FINAL or start == flags.restarts:
             return code
         print(
-            f"run.py: a process ended with code {code}; starting all of them again, "
+            f"launch.local: a process ended with code {code}; starting all of them again, "
             f"{start + 1} of {flags.restarts}",
             file=sys.stderr,
             flush=True,

@@ -52,7 +52,7 @@ def test_a_death_starts_all_again(tmp_path):
     _, err, code = launch("--processes=2", "--restarts=3", script=script)
     assert code == 0
     assert err.splitlines() == [
-        "run.py: a process ended with code 137; starting all of them again, 1 of 3"
+        "launch.local: a process ended with code 137; starting all of them again, 1 of 3"
     ]
     assert len(list(tmp_path.iterdir())) == 4
 
