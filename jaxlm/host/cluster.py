@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.host import rollcall
 from jaxlm.host.fellows import Fellows
 from jaxlm.host.hardware import nvidia_gpu, tpu_is_here
 from jaxlm.host.stopping import Stopping
 
 JOIN_SECONDS = 300  # for all to come; JAXLM_JOIN_SECONDS changes it
+FIRST_PORT, PORT_PAIRS = 61440, 2048  # of SLURM's and Open MPI's jobs, up to 65535
 HEARTBEAT_SECONDS = 100  # after which JAX ends everybody because one process is frozen
 
 # Scheduler -> its variables: processes, this one's index, processes on this host, index among them.
@@ -106,8 +108,17 @@ def _scheduled():
     variables = SCHEDULERS[name]
     processes, process, local = (_number(variables[i], os.environ[variables[i]]) for i in (0, 1, 3))
     here = _tasks_here(os.environ.get(variables[2], ""))
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS") or _detected(name)[0]
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS") or _of_this_job(_detected(name)[0])
     return _checked(address, processes, process, _own_gpus(local, here), name)
+
+
+def _of_this_job(address):
+    """The address with a port whose next one is no other job's: JAX's are 61440 + the job's number
+    modulo 4096, so that jobs one after the other would have one port in common."""
+    host, _, port = address.rpartition(":")
+    if os.environ.get("JAX_COORDINATOR_PORT"):  # chosen by a person
+        return address
+    return f"{host}:{FIRST_PORT + 2 * (int(port) % PORT_PAIRS)}"
 
 
 def _asked_of_jax():
@@ -219,6 +230,9 @@ def join(where: Place, facts: Mapping[str, Any], note: Callable[[str], None]) ->
     here = Fellows(where.process, where.processes, where.host, where.port + 1)
     known = {**facts, "accelerator": nvidia_gpu() or ("TPU" if tpu_is_here() else "none")}
     stopping = Stopping(here)  # before anybody talks
+    if where.process == 0:
+        # JAX's service would share the port with another's, and take in the processes of both.
+        rollcall.door_at(where.port).close()
     found = here.meet(known, join_seconds(), note)
     _fellows, _stopping = here, stopping
     _refuse(here.broadcast(_difference(found, here.hosts)))
@@ -318,10 +332,10 @@ def stop_at(point: int, asked: str) -> str:
     return _stopping.passed(point, asked) if _stopping else asked
 
 
-def on_end(tell: Callable[[str], None]) -> None:
-    """Calls `tell(sentence)` before another process's end ends this one."""
+def on_end(tell: Callable[[str, int], None]) -> None:
+    """Calls `tell(sentence, code)` too before another process's end ends this one."""
     if _fellows:
-        _fellows.on_end = tell
+        _fellows.on_end.append(tell)
 
 
 def leave(words: str, code: int) -> bool:

@@ -14,13 +14,7 @@ PROBED_SECONDS = 30  # until a host that no longer answers at all counts as gone
 def listener(port):
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
-    except OSError as error:
-        raise ValueError(
-            f"process 0 cannot listen on port {port}, the one after the coordinator's: "
-            f"{error.strerror}; choose another port in JAX_COORDINATOR_ADDRESS"
-        ) from None
+    return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
 
 
 def keep_probing(link):

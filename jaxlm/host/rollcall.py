@@ -8,7 +8,9 @@ time for all that have come. Both raise `NotTogether` with the same sentence whe
 come, and `ValueError` where somebody comes who does not belong to the run.
 """
 
+import errno
 import json
+import os
 import selectors
 import socket
 import sys
@@ -28,7 +30,7 @@ Note = Callable[[str], None]
 
 
 class NotTogether(ValueError):
-    """Not all have come, or somebody of an earlier start is still there: another start may do."""
+    """Not all have come, or somebody of another start is still there: another start may do."""
 
     code = LOST
 
@@ -44,7 +46,7 @@ class Met(NamedTuple):
 def call(hello: Hello, port: int, seconds: float, note: Note) -> Met:
     """Waits at this port until all are there."""
     roll, end = _Roll(hello), time.monotonic() + seconds
-    with links.listener(port) as door, roll.ready:
+    with door_at(port) as door, roll.ready:
         roll.ready.register(door, selectors.EVENT_READ)
         while missing := roll.missing():
             note(f"waiting for {_names(missing)} of {hello['of']}")
@@ -61,6 +63,20 @@ def call(hello: Hello, port: int, seconds: float, note: Note) -> Met:
     for link in roll.links.values():
         links.send(link, {"hosts": hosts if hello["of"] <= SHOWN else {0: hello["host"]}})
     return Met(roll.links, hosts, [roll.found[i]["facts"] for i in range(hello["of"])])
+
+
+def door_at(port: int) -> socket.socket:
+    """Listens there. Raises `NotTogether` if somebody else does, `ValueError` if it may not be."""
+    try:
+        return links.listener(port)
+    except OSError as error:
+        kind = NotTogether if error.errno == errno.EADDRINUSE else ValueError
+        raise kind(
+            f"process 0 cannot listen on port {port} of {socket.gethostname()}: "
+            f"{os.strerror(error.errno or 0)}; the coordinator's port and the one after it have to "
+            "be free: if another start has not ended, wait for it, else choose another port in "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT"
+        ) from None
 
 
 class _Roll:

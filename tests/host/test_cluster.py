@@ -1,10 +1,11 @@
 """Which processes belong together, from the environment alone."""
 
 import os
+import socket
 
 import pytest
 
-from jaxlm.host import cluster
+from jaxlm.host import cluster, rollcall
 
 HINTS = (
     "JAX_",
@@ -135,6 +136,39 @@ def test_a_shell_inside_an_allocation_is_no_step(place, monkeypatch):
 def test_open_mpi(place):
     found = place(OPEN_MPI)
     assert (found.host, found.processes, found.process) == ("10.96.0.1", 2, 1)
+
+
+@pytest.mark.parametrize("environment", [SLURM, OPEN_MPI])
+def test_neighbouring_jobs_have_no_port_in_common(place, environment):
+    """Each takes two: JAX's, and the next one for ours."""
+
+    def ports(job):
+        number = {"SLURM_JOB_ID": str(job)}
+        if environment is OPEN_MPI:  # whose number is the job's times 4096
+            number = {"OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://10.96.0.1:34911"}
+        port = place(environment, number).port
+        return {port, port + 1}
+
+    taken = [ports(job) for job in range(4090, 4100)]
+    assert len(set.union(*taken)) == 2 * len(taken)
+    assert all(61440 <= port <= 65535 for pair in taken for port in pair)
+    assert ports(4095) == {65534, 65535}
+    assert ports(4095 + 2048) == ports(4095)
+
+
+def test_a_port_that_a_person_chose_is_taken_as_it_is(place):
+    assert place(SLURM, JAX_COORDINATOR_PORT="7001").port == 7001
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_port_that_somebody_has_ends_process_0_at_once(after, monkeypatch):
+    """With the code for "try again": another start of the job, or another job of that number."""
+    monkeypatch.setenv("JAXLM_JOIN_SECONDS", "0.1")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1] - after
+        where = cluster.Place("localhost", port, 2, 0, [], "SLURM")
+        with pytest.raises(rollcall.NotTogether, match=rf"port {port + after} of .* in use; .* w"):
+            cluster.join(where, {}, lambda text: None)
 
 
 def test_a_scheduler_that_hides_process_0_needs_its_address(place):
