@@ -16,6 +16,7 @@ from jaxlm.host import cluster
 from jaxlm.specs import Run
 
 MOST = 3
+STOPPED = {130, 143}  # exit codes of Ctrl-C and SIGTERM
 VARIABLE = "JAXLM_RESTARTS"
 
 
@@ -27,6 +28,12 @@ def counted(run: Run):
     first = cluster.process() == 0
     if words := cluster.broadcast(_begin(run, path) if first else None):
         raise ValueError(words)
+
+    def another_has_ended(words, code):
+        if first and code in STOPPED:
+            path.unlink(missing_ok=True)
+
+    cluster.on_end(another_has_ended)
     try:
         yield
     except Exception:

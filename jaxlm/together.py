@@ -32,7 +32,7 @@ def join(where: cluster.Place, run: Run, console: Console) -> None:
         }
         facts |= {f"--config.{key}": str(value) for key, value in run.config.items()}
         found = cluster.join(where, facts, console.note)
-        cluster.on_end(console.error_in_log)
+        cluster.on_end(lambda words, code: console.error_in_log(words))
         console.table(found[:SHOWN], ("process", "host", "devices", "kind"))
         if len(found) > SHOWN:
             console.say(f"  and {len(found) - SHOWN} more, with as many devices each")

@@ -1,7 +1,10 @@
 """A run that gets no further is not started for ever; one that does, or is asked to stop, is."""
 
+import contextlib
 import re
+import socket
 import sys
+import threading
 import types
 
 import pytest
@@ -9,6 +12,8 @@ import tiny
 
 from jaxlm import restarts, train
 from jaxlm.config import defaults, flatten
+from jaxlm.host import cluster, fellows
+from jaxlm.host.fellows import Fellows
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def start(tmp_path, monkeypatch):
                 folder.mkdir(parents=True)
                 (folder / "digest-0-of-1.json").touch()
             if how is not None:
-                raise how
+                raise how()
 
     def crashes(again, **more):
         with pytest.raises(RuntimeError):
@@ -65,6 +70,55 @@ def test_one_that_was_asked_to_stop_counts_for_nothing(start, tmp_path, how):
         assert how
     assert not (tmp_path / "starts.json").exists()
     start.crashes(3)
+
+
+@pytest.fixture
+def another(monkeypatch):
+    """Makes this process the first of two; gives how the other one ends, which ends this one."""
+    monkeypatch.setattr(fellows, "ALIKE_SECONDS", 0.0)
+    monkeypatch.setattr(fellows, "LAST_WORDS_SECONDS", 0.1)
+    ended, made = threading.Event(), []
+
+    class Here(Fellows):
+        def _exit(self, text, code):
+            ended.set()
+
+    def ends(code):
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
+        here, there = Here(0, 2, "localhost", port), Here(1, 2, "localhost", port)
+        joins = threading.Thread(target=there.meet, args=({}, 10, lambda text: None))
+        joins.start()
+        here.meet({}, 10, lambda text: None)
+        joins.join()
+        made.extend((here, there))
+        monkeypatch.setattr(cluster, "_fellows", here)
+
+        def leave():
+            there.leave("it is over", code)
+            assert ended.wait(10)
+            return RuntimeError("what a collective says of it")
+
+        return leave
+
+    yield ends
+    links = [link for one in made for link in one._links.values()]
+    for link in links:
+        with contextlib.suppress(OSError):
+            link.shutdown(socket.SHUT_RDWR)
+    for thread in threading.enumerate():
+        if thread.name == "fellows":
+            thread.join(10)
+    for link in links:
+        link.close()
+
+
+@pytest.mark.parametrize(("code", "counts"), [(143, False), (130, False), (70, True), (75, True)])
+def test_the_stop_of_another_process_counts_for_nothing(start, another, tmp_path, code, counts):
+    """It ends process 0 wherever that is, in a compilation for one."""
+    leave = another(code)
+    start.crashes(0, how=leave)
+    assert (tmp_path / "starts.json").exists() == counts
 
 
 def test_who_starts_by_hand_is_never_refused(start, monkeypatch):

@@ -37,13 +37,13 @@ class Fellows:
     """One end of the connections. `meet`, `gather` and so on: main thread, in one order on all.
 
     A daemon thread listens; when a fellow dies or fails it writes the sentence to stderr, hands it
-    to `on_end` (for a log) and ends this process.
+    and the code to each of `on_end` (a log, for one) and ends this process.
     """
 
     def __init__(self, index: int, count: int, host: str, port: int):
         self.index, self.count, self._place = index, count, (host, port)
         self.hosts: dict[int, str] = {}
-        self.on_end: Callable[[str], None] = lambda text: None
+        self.on_end: list[Callable[[str, int], None]] = []
         self.handlers: dict[str, Callable[[int, Any], None]] = {}  # of other kinds of messages
         self._links: dict[int, socket.socket] = {}
         self._inbox: dict[int, collections.deque] = {}
@@ -136,8 +136,7 @@ class Fellows:
     def fail(self, words: str, code: int = 1) -> NoReturn:
         """Ends this process and all others; from any thread."""
         speak = self.leave(words, code)
-        with contextlib.suppress(Exception):
-            self.on_end(words)
+        self._tell(words, code)
         self._exit(self.prefix() + words if speak else "", code)
 
     def wait_for_a_verdict(self, seconds: float = 2.0) -> None:
@@ -215,11 +214,15 @@ class Fellows:
             time.sleep(WALL_SECONDS)
         by, words = message.get("by"), message["end"]
         told = words if message["code"] == LOST else f"process {by} has ended: {words}"
-        with contextlib.suppress(Exception):
-            self.on_end(told)
+        self._tell(told, message["code"])
         if self.index == 0:
             self._outlast_the_others()
         self._exit(self.prefix() + told, message["code"])
+
+    def _tell(self, words, code):
+        for tell in self.on_end:
+            with contextlib.suppress(Exception):
+                tell(words, code)
 
     def prefix(self) -> str:
         """What stands before the errors of this process: nothing for process 0."""

@@ -151,14 +151,14 @@ def test_an_error_of_one_ends_all_with_its_words_and_code(guilty):
     processes = met(3)
     heard = []
     for process in processes:
-        process.on_end = heard.append
+        process.on_end = [lambda *_: 1 / 0, lambda *told: heard.append(told)]
     assert processes[guilty].leave("error: the disk is full", 1)
     for process in processes:
         if process.index != guilty:
             assert process.last.wait(10)
             assert f"process {guilty} has ended: error: the disk is full" in process.ended[0]
             assert process.ended[1] == 1
-    assert heard == [f"process {guilty} has ended: error: the disk is full"] * 2
+    assert heard == [(f"process {guilty} has ended: error: the disk is full", 1)] * 2
 
 
 def test_what_all_say_is_said_once():
