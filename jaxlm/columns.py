@@ -175,11 +175,16 @@ class _Pass:
                 batches = self._batches(params, done)
             return self._write(at, batches, done)
 
+        several = cluster.several()
         if writes:
-            # Several would have to agree where to go on.
-            cached(self.folder, self.name, build, self.progress, not cluster.several())
-        for _ in batches:  # of others, or of one that another run has written meanwhile
-            pass
+            # Several would have to agree where to go on. And while a writer waited for another
+            # run's, its fellows would wait for it in a batch, and that run's perhaps for them.
+            cached(
+                self.folder, self.name, build, self.progress, goes_on=not several, waits=not several
+            )
+        if several:  # what this process does not write, or another run has written meanwhile
+            for _ in batches:
+                pass
 
     @property
     def _rows(self) -> int:

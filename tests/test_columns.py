@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import importlib
 import json
@@ -20,7 +21,7 @@ from jaxlm.checkpoint import Checkpoints, storage
 from jaxlm.checkpoint.digest import named
 from jaxlm.config import check, defaults, source
 from jaxlm.contract import Column, compose
-from jaxlm.data import rowfile, tokenizer
+from jaxlm.data import cache, rowfile, tokenizer
 from jaxlm.data.batches import in_order
 from jaxlm.data.prepare import prepare
 from jaxlm.hf import kept
@@ -326,6 +327,52 @@ def test_a_pass_in_other_batches_begins_anew(home, tmp_path):
     said = Training(home, tmp_path / "run", **keys, batch=16).said
     assert said
     assert not any("going on" in text for text in said)
+
+
+class Alone(columns._Pass):
+    """A pass over three batches that keeps nothing of them."""
+
+    def __init__(self, folder):
+        self.folder, self.name, self.say, self.computed = folder, "reference", print, 0
+
+    def _batches(self, params, begin=0):
+        for i in range(3):
+            self.computed += 1
+            yield i, np.arange(1), {}
+
+    def _write(self, at, batches, done):
+        return {"computed": len(list(batches))}
+
+    def progress(self, done, total, note):
+        raise AssertionError(note)
+
+
+@contextlib.contextmanager
+def built_by_another_run(folder):
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_one_of_several_processes_never_waits_for_another_run(tmp_path, monkeypatch):
+    """Its fellows wait for it in each batch, and may be who that run's process waits for."""
+    work = Alone(tmp_path / "column")
+    with built_by_another_run(work.folder):
+        with pytest.raises(AssertionError, match="another process is preparing it, waiting"):
+            work.run(None, writes=True)
+        monkeypatch.setattr(columns.cluster, "several", lambda: True)
+        work.run(None, writes=True)
+        assert work.computed == 3
+        assert cache.check(work.folder)[0] == {"computed": 3}
+        work.run(None, writes=True)
+    assert work.computed == 6, "there meanwhile, and its fellows still need it in each batch"
+
+
+def test_what_another_run_has_made_meanwhile_is_not_computed_again(tmp_path):
+    work = Alone(tmp_path / "column")
+    work.run(None, writes=True)
+    work.run(None, writes=True)
+    assert work.computed == 3
 
 
 def teacher_in(folder, seed=0, train_tokenizer=False, **options):

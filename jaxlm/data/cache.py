@@ -46,16 +46,18 @@ def cached(
     build: Callable[[pathlib.Path], dict],
     progress: Progress,
     goes_on: bool = False,
+    waits: bool = True,
 ) -> Found:
     """The folder, built by `build(temporary folder) -> facts` unless it is there and whole.
 
     `goes_on`: the temporary folder may hold what a build left that was killed or stopped; `build`
-    judges what it is worth.
+    judges what it is worth. `waits`: for another process that builds the same, and takes over its
+    work; without it both build, and the first whole folder stands.
     """
     if (facts := check(folder)[0]) is not None:
         return Found(folder, facts, True, "")
     with _lock_file(folder) as lock:
-        locked = _wait(lock, what, progress)
+        locked = _lock(lock, what, progress, waits)
         facts, trouble = check(folder)
         if facts is not None:
             return Found(folder, facts, True, "")
@@ -184,13 +186,15 @@ def _write_manifest(folder: pathlib.Path, facts: dict) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files, "facts": facts}, indent=1))
 
 
-def _wait(lock, what: str, progress: Progress) -> bool:
-    """Waits for the lock; whether there is one."""
+def _lock(lock, what: str, progress: Progress, waits: bool) -> bool:
+    """Takes the lock, waiting for it if need be; whether this process has got it."""
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
+            if not waits:
+                return False
             progress(0, 0, f"{what}: another process is preparing it, waiting")
             time.sleep(0.2)
         except OSError:  # a file system without locks: the work may be done twice, never half
