@@ -136,8 +136,8 @@ def held(folder: Path, which: str = "") -> Held:
         found[place.name] = Held(place, place.name, "")
     found = {name: it for name, it in found.items() if of_layers(it.shapes()).keys() == paths}
     if which not in found:
-        there = f"there are {', '.join(found)}" if found else "there are none"
-        raise ValueError(f"--params={which}: {folder} has no such params beside its own; {there}")
+        there = f"beside its own it has {', '.join(found)}" if found else "it has its own alone"
+        raise ValueError(f"--params={which}: {folder} has no such params; {there}")
     return found[which]
 
 

@@ -141,9 +141,11 @@ def look(path: str | Path) -> Stored:
             f"{folder} holds an adapter of PEFT and no model; merge it with the model that it "
             f"belongs to: python -m jaxlm.convert from-hf BASE OUT --adapter={folder}"
         )
+    run = next((above for above in folder.absolute().parents[:2] if is_run(above)), None)
     raise ValueError(
         f"{folder} holds no model: neither the run.json of a run, nor what jaxlm.convert "
         "makes (model.json), nor a Hugging Face model (config.json)"
+        + (f"; the run is {run}, and --step=N names one of its checkpoints" if run else "")
     )
 
 

@@ -125,12 +125,14 @@ def test_an_extra_of_the_form_of_the_params_is_read_in_their_place(
 
 @pytest.mark.parametrize("name", ["ema_steps", "average"])
 def test_an_extra_that_is_no_such_params_is_refused_with_those_there_are(run_with_extras, name):
-    with pytest.raises(ValueError, match=f"--params={name}: .*; there are ema, reference$"):
+    with pytest.raises(
+        ValueError, match=f"--params={name}: .*beside its own it has ema, reference$"
+    ):
         params.load(run_with_extras, shapes(), which=name)
 
 
 def test_a_run_without_extras_says_so(run):
-    with pytest.raises(ValueError, match="no such params beside its own; there are none"):
+    with pytest.raises(ValueError, match="no such params; it has its own alone"):
         params.load(run, shapes(), which=BASE)
 
 

@@ -22,6 +22,7 @@ FILES = (  # of a tokenizer, each of them a JSON object
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json"),
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them there has to be
 LONGEST = 2**20  # characters encoded in one piece; a longer text is cut at line ends
 
 
@@ -258,6 +259,8 @@ def of_transformers(folder: pathlib.Path) -> Any:
         for file in FILES:
             object_in(folder / file)
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if not any((folder / file).is_file() for file in VOCABULARIES):
+            reason = f"it has none of {', '.join(VOCABULARIES)}; copy the model's into it"
         raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from None
 
 

@@ -52,7 +52,7 @@ def specs(file: Path) -> dict[str, Spec]:
         if size < 8 or length > LONGEST_HEADER:
             raise ValueError(f"{file} is no safetensors file: it does not begin with a header")
         if size < 8 + length:
-            raise _cut_off(file, size, 8 + length)
+            raise _cut_off(file, size, f"header alone takes {8 + length:,}")
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
@@ -61,7 +61,7 @@ def specs(file: Path) -> dict[str, Spec]:
             raise ValueError(f"{file} is no safetensors file: its header is unreadable") from None
     whole = max((spec.end for spec in found.values()), default=8 + length)
     if size < whole:
-        raise _cut_off(file, size, whole)
+        raise _cut_off(file, size, f"header says {whole:,}")
     for name, spec in found.items():
         wanted = math.prod(spec.shape) * DTYPES[spec.code].itemsize if spec.code in DTYPES else None
         if wanted is not None and spec.end - spec.start != wanted:
@@ -76,10 +76,9 @@ def _spec(file, base, entry):
     return Spec(tuple(map(int, entry["shape"])), entry["dtype"], file, base + begin, base + end)
 
 
-def _cut_off(file, size, whole):
+def _cut_off(file, size, told):
     return ValueError(
-        f"{file} is cut off: it has {size:,} bytes, and its header says {whole:,}; copy or "
-        "download it again"
+        f"{file} is cut off: it has {size:,} bytes, and its {told}; copy or download it again"
     )
 
 

@@ -141,8 +141,9 @@ def test_a_folder_with_only_eos_uses_it_for_both(folders, tmp_path):
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2", "gpt_neox", "llama"])
 def test_no_tokenizer_is_made_up(tmp_path, model_type):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
-    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
+    with pytest.raises(ValueError, match="no tokenizer can be loaded") as told:
         tokenizer.load(tmp_path)
+    assert "copy the model's" in str(told.value)
 
 
 def test_errors_say_what_to_do(tmp_path, folders):

@@ -77,7 +77,7 @@ def test_an_average_of_the_params_is_written_in_their_place(ours, tmp_path):
     to_hf(tmp_path, tmp_path / "hf", which="ema", **quiet)
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(files(tmp_path / "hf")[name], 2 * draw(name, (48, 32)))
-    with pytest.raises(ValueError, match="there are ema"):
+    with pytest.raises(ValueError, match="beside its own it has ema"):
         to_hf(tmp_path, tmp_path / "no", which="eam", **quiet)
     with pytest.raises(ValueError, match=r"--params=ema: .* holds one model and nothing beside it"):
         open_model(ours, which="ema", **quiet)
@@ -247,6 +247,11 @@ def test_only_a_folder_with_a_model_opens(source, tmp_path):
         open_model(tmp_path / "absent", **quiet)
     with pytest.raises(ValueError, match="holds no model"):
         open_model(tmp_path, **quiet)
+    (tmp_path / "run.json").touch()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    for inside in ("checkpoints", "checkpoints/3"):
+        with pytest.raises(ValueError, match=f"the run is {tmp_path}, and --step=N names one"):
+            open_model(tmp_path / inside, **quiet)
 
 
 def test_a_damaged_part_is_noticed(ours, tmp_path):

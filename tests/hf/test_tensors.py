@@ -67,12 +67,15 @@ def test_a_writer_that_was_not_given_all_tensors_fails(tmp_path):
         writer.put("b", some_arrays()["b"])
 
 
-@pytest.mark.parametrize("left", [4, 40, -1])
-def test_a_file_that_was_cut_off_is_refused(tmp_path, left):
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [(4, "does not begin with a header"), (40, "header alone takes"), (-1, "header says")],
+)
+def test_a_file_that_was_cut_off_is_refused(tmp_path, left, told):
     write(tmp_path, some_arrays())
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(ValueError, match=r"cut off|does not begin with a header"):
+    with pytest.raises(ValueError, match=told):
         tensors.specs(path)
 
 
