@@ -57,7 +57,7 @@ ROOM = (
     "more devices along --config.mesh.fsdp"
 )
 PHASES = 6
-EXIT = {"Ctrl-C": 130, "SIGTERM": 143}
+EXIT = {"Ctrl-C": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 def train(run: Run, console: Console, *, command: str = "", dry_run: bool = False) -> int:

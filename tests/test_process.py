@@ -251,6 +251,7 @@ def test_a_crash_goes_to_the_work_folder_once_it_is_known(tmp_path, monkeypatch,
     [
         ((), signal.SIGINT, 130, "Ctrl-C; the same command starts from the beginning"),
         (("it goes on",), signal.SIGTERM, 143, "SIGTERM; it goes on"),
+        (("it goes on",), signal.SIGHUP, 129, "SIGHUP; it goes on"),
     ],
 )
 def test_stopped_it_says_what_the_same_command_does(program, args, sent, code, text):

@@ -11,7 +11,8 @@ from jaxlm.host.signals import Signals, Stopped
 
 
 @pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
+    ("number", "name"),
+    [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],
 )
 def test_a_signal_is_seen_after_the_step(number, name):
     before, said = signal.getsignal(number), []
@@ -36,6 +37,17 @@ def test_handlers_return_after_an_error():
     with pytest.raises(RuntimeError), Signals(lambda text: None):
         raise RuntimeError("a bug")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(lambda text: None) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.stop_requested() == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 _STUBBORN = """

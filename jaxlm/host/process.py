@@ -31,6 +31,7 @@ from typing import NoReturn
 from jaxlm.host import cluster, exhausted, flags, gpu_memory, hardware, hugepages
 from jaxlm.host.fellows import CRASHED
 from jaxlm.host.hardware import unused_accelerator
+from jaxlm.host.signals import hangups_are_ignored
 
 __all__ = [
     "began",
@@ -66,11 +67,11 @@ _loading = threading.Event()  # set when the imports are over
 
 
 class Terminated(BaseException):
-    """SIGTERM, where nobody else handles it."""
+    """SIGTERM or SIGHUP, where nobody else handles it; its number."""
 
 
 def _terminate(number, frame):
-    raise Terminated
+    raise Terminated(number)
 
 
 def start(name: str) -> None:
@@ -92,8 +93,8 @@ def start(name: str) -> None:
 def run(main: Callable[[], int | None], again: str = AGAIN, room: str = ROOM) -> NoReturn:
     """Calls `main` and exits with its code; whatever it raises becomes one line and a code.
 
-    `again`: what the same command does after Ctrl-C or SIGTERM. `room`: what helps where it takes
-    more than a device's memory.
+    `again`: what the same command does after Ctrl-C, SIGTERM or SIGHUP. `room`: what helps where it
+    takes more than a device's memory.
 
     A `ValueError` that our own code raises is the user's to mend, and so is a full or read-only
     disk, or a device whose memory is too small: code 1, nothing that another start would cure. Any
@@ -103,14 +104,17 @@ def run(main: Callable[[], int | None], again: str = AGAIN, room: str = ROOM) ->
     _loading.set()
     failed = True
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if not hangups_are_ignored(number):
+                signal.signal(number, _terminate)
         code = main() or 0
         cluster.leave("", 0)
         failed = False
     except KeyboardInterrupt:
         _leave(_last_words(f"stopped by Ctrl-C; {again}", 128 + signal.SIGINT))
-    except Terminated:
-        _leave(_last_words(f"stopped by SIGTERM; {again}", 128 + signal.SIGTERM))
+    except Terminated as by:
+        (number,) = by.args
+        _leave(_last_words(f"stopped by {signal.Signals(number).name}; {again}", 128 + number))
     except SystemExit as error:
         code = _last_words(error.code, 1) if isinstance(error.code, str) else error.code or 0
     except Exception as error:

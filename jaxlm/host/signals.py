@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the loop looks at between steps.
+"""Ctrl-C, SIGTERM and SIGHUP as a flag that the loop looks at between steps.
 
     with Signals(print) as signals:
         for step in ...:
@@ -7,6 +7,7 @@
                 save and return
 
 The first signal asks for a stop after the running step; a second Ctrl-C ends the process at once.
+SIGHUP comes when a terminal or its connection is closed; where it is ignored (nohup) it stays so.
 What takes longer than a step, an evaluation, calls `look_up` between its parts, which may raise
 `Stopped`.
 Of several processes one may have got it: all stop at the same point (`stopping`).
@@ -20,7 +21,12 @@ from typing import Any
 
 from jaxlm.host import cluster
 
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
+
+def hangups_are_ignored(number: int) -> bool:
+    """Whether this is SIGHUP, and whoever started this process wants it to go on (nohup)."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 class Stopped(Exception):
@@ -28,7 +34,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """A context manager that handles Ctrl-C and SIGTERM while it is open. Main thread only."""
+    """A context manager that handles these three while it is open. Main thread only."""
 
     def __init__(self, say: Callable[[str], None] = print):
         self._say = say
@@ -38,7 +44,8 @@ class Signals:
 
     def __enter__(self):
         for number in _NAMES:
-            self._before[number] = signal.signal(number, self._handle)
+            if not hangups_are_ignored(number):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind, value, traceback):

@@ -6,7 +6,7 @@
 --devices is of each process: its part of the GPUs, or that many fake devices where there is a CPU
 only. When one process dies the others end with a sentence; what has not ended after 15 seconds is
 killed. Then all start again, up to --restarts times; not what has finished, was stopped, or names
-something to mend (exit codes 0, 1, 2, 130, 143). Sets environment variables and nothing else.
+something to mend (exit codes 0, 1, 2, 129, 130, 143). Sets environment variables and nothing else.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-FINAL = {0, 1, 2, 130, 143}  # done, said what is wrong, was asked to stop
+FINAL = {0, 1, 2, 129, 130, 143}  # done, said what is wrong, was asked to stop
 PATIENCE = 15.0  # seconds for the others to end after one has
 PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
@@ -105,7 +105,10 @@ def together(processes: list[subprocess.Popen]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
+        heard.append(signal.SIGHUP)
+    before = {n: signal.signal(n, pass_on) for n in heard}
     codes: list[int] = []
     end = float("inf")
     while left := [p for p in processes if p.poll() is None]:

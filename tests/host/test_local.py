@@ -91,14 +91,16 @@ def test_restarts_come_to_an_end():
     assert err.count("starting all of them again") == 2
 
 
-def test_a_signal_reaches_all_and_waits_for_them(tmp_path):
-    script = f'trap "sleep 0.2; echo saved; exit 143" TERM; touch {tmp_path}/$JAX_PROCESS_ID; \
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_all_and_waits_for_them(tmp_path, number):
+    name, code = number.name.removeprefix("SIG"), 128 + number
+    script = f'trap "sleep 0.2; echo saved; exit {code}" {name}; touch {tmp_path}/$JAX_PROCESS_ID; \
         while :; do sleep 0.1; done'
     process = launch("--processes=2", "--restarts=3", script=script, wait=False)
     end = time.monotonic() + 20
     while len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert (out, err, process.returncode) == ("saved\nsaved\n", "", 143)
+    assert (out, err, process.returncode) == ("saved\nsaved\n", "", code)
