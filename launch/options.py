@@ -4,6 +4,7 @@ Standard library only, so that a login node needs nothing but Python.
 """
 
 import argparse
+import difflib
 import re
 import shlex
 import sys
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {message}{meant(message, self)}", file=sys.stderr)
         raise SystemExit(2)
 
     def split(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -50,6 +51,16 @@ class Parser(argparse.ArgumentParser):
                 "a letter first and no dash last"
             )
         return options, command
+
+
+def meant(message: str, parser: argparse.ArgumentParser) -> str:
+    """The option nearest to the one that argparse says it does not know; "" for other faults."""
+    _, unknown, words = message.partition("unrecognized arguments: ")
+    if not unknown:
+        return ""
+    word = words.split()[0].partition("=")[0]
+    near = difflib.get_close_matches(word, parser._option_string_actions, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else "; --help lists all there are"
 
 
 def at_least(least: int) -> Callable[[str], int]:

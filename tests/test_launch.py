@@ -57,6 +57,9 @@ def dry(module, options, capsys, command=COMMAND):
         (gke, ["--topology=v5e:2x3", "--", "x"], "6 chips, which do not fill machines of 4"),
         (gke, [*TPU, "--via=xpk", "--", "x"], "--via=xpk needs --cluster=NAME"),
         (gke, [*TPU, "--volume=claim", "--", "x"], "'claim' should look like CLAIM:/PATH"),
+        (slurm, ["--dry-run", "--", "x"], "--dry-run; did you mean --dry_run?"),
+        (gke, ["--dryrun", "--", "x"], "--dryrun; did you mean --dry_run?"),
+        (tpu_vm, ["--qqqqq", "--", "x"], "--qqqqq; --help lists all there are"),
         (tpu_vm, ["--zone=a", "--", "x"], "--topology is missing"),
         (tpu_vm, [*VM, "--spot", "--reserved", "--", "x"], "one of --spot and --reserved"),
     ],
@@ -444,12 +447,44 @@ def test_only_what_another_start_may_mend_is_started_again(cloud, capfd, code, s
 def test_an_error_of_gcloud_is_told_and_not_asked_for_ever(cloud, capfd):
     put(
         cloud / "bin" / "gcloud",
-        "echo asked >> $FAKE/calls\necho no project >&2\nexit 1\n",
+        "echo asked >> $FAKE/calls\necho no network >&2\nexit 1\n",
     )
-    with pytest.raises(SystemExit, match=r"failed 5 times: gcloud .*\nno project"):
+    with pytest.raises(SystemExit, match=r"failed 5 times: gcloud .*\nno network"):
         tpu_vm.main([*VM, "--name=test", "--", "true"])
     assert worked(cloud) == ["asked"] * 5
-    assert "gcloud failed, 4 more tries: no project" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "gcloud failed, 4 more tries: no network" in out
+    assert "give the slices back" not in out  # there are none
+
+
+NO_PROJECT = """
+cat >&2 <<'EOF'
+ERROR: (gcloud.compute.tpus.queued-resources.describe) Error parsing [queued_resource].
+The [queued_resource] resource is not properly specified.
+Failed to find attribute [project]. The attribute can be set in the following ways:
+- provide the argument `--project` on the command line
+- set the property `core/project`
+EOF
+echo asked >> $FAKE/calls
+exit 1
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--delete"]])
+def test_what_no_other_try_mends_is_told_once_and_whole(cloud, capfd, more):
+    put(cloud / "bin" / "gcloud", NO_PROJECT)
+    with pytest.raises(SystemExit, match=r"Failed to find attribute \[project\](.|\n)*=NAME"):
+        tpu_vm.main([*VM, "--name=test", *more, "--", "true"])
+    assert worked(cloud) == ["asked"]
+    assert capfd.readouterr().out == ""
+
+
+def test_slices_that_were_refused_are_not_to_be_given_back(cloud, capfd):
+    refuse = '"queued-resources create") echo no quota >&2; exit 1 ;;\n'
+    put(cloud / "bin" / "gcloud", GCLOUD.replace('"queued-resources create")', refuse + "never)"))
+    with pytest.raises(SystemExit, match=r"this failed: gcloud .* create"):
+        tpu_vm.main([*VM, "--name=test", "--", "true"])
+    assert capfd.readouterr() == ("", "no quota\n")
 
 
 def test_a_command_that_a_broken_connection_left_is_ended_first(cloud, capfd):

@@ -11,6 +11,7 @@ something to mend (exit codes 0, 1, 2, 129, 130, 143). Sets environment variable
 
 import argparse
 import ctypes
+import difflib
 import os
 import shlex
 import shutil
@@ -25,8 +26,18 @@ PATIENCE = 15.0  # seconds for the others to end after one has
 PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
+class Parser(argparse.ArgumentParser):
+    """With a suggestion for an option that it does not know."""
+
+    def error(self, message):
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        word = words.split()[0].partition("=")[0] if unknown else ""
+        near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.5)
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.local",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,7 +5,7 @@ worker, then the command on all of them. When a slice is preempted it is given b
 anew; when the command ends otherwise than by itself it is started again, up to --restarts times;
 but not where the user has something to mend (exit code 1 or 2). JAX finds the workers by the
 metadata of the VMs. Ctrl-C sends SIGTERM to the workers, which save and end. The resource stays
-unless --delete is given: the last line says how to give it back.
+unless --delete is given: the last line says how to give it back, where there is one.
 """
 
 import concurrent.futures
@@ -19,6 +19,12 @@ from launch import options, tpus
 GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # states that lead nowhere
 ENDED = "launch: ended with code "
 TRIES = 5  # of a question to gcloud, before its error is told
+# What gcloud says where asking again mends nothing: nobody is logged in, no project, a wrong word.
+FOR_GOOD = re.compile(
+    "Failed to find attribute|required property|active account|gcloud auth login|"
+    "[Rr]eauthentication|PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|"
+    "[Ii]nvalid choice|unrecognized arguments"
+)
 UNKNOWN = 255  # no worker said how it ended: the connection broke
 
 
@@ -49,6 +55,7 @@ class Slices:
         several = o.slices > 1
         self.nodes = [f"{o.name}-{i}" for i in range(o.slices)] if several else [o.name]
         self.where = [f"--zone={o.zone}"] + ([f"--project={o.project}"] if o.project else [])
+        self.held = False  # whether there may be something to give back
 
     def _queued(self, verb, *more):
         words = ["gcloud", "compute", "tpus", "queued-resources", verb, self.o.name]
@@ -106,9 +113,8 @@ def _folder(o):
     return options.line([o.folder])
 
 
-def run(p: options.Parser, o, command: list[str]) -> int:
+def run(p: options.Parser, o, command: list[str], slices: Slices) -> int:
     """The life of the job; returns its exit code."""
-    slices = Slices(o)
     fresh, starts, here = True, 0, 0  # here: on these slices, whose loss is nobody's fault
     while True:
         state = _ask(slices.state(), o.poll)
@@ -116,8 +122,9 @@ def run(p: options.Parser, o, command: list[str]) -> int:
             _say(f"the slices are {state}: given back and asked for anew")
             _call(slices.delete(), check=True)
             state = ""
+        slices.held = True
         if not state:
-            _call(slices.create(), check=True)
+            _create(slices, o.poll)
             fresh = True
         _wait(slices, o.poll)
         if fresh and o.setup and (code := _everywhere(slices, o.setup, marked=False)):
@@ -135,6 +142,12 @@ def run(p: options.Parser, o, command: list[str]) -> int:
             _say(f"{ended} after {starts} start{'s' if starts > 1 else ''}")
             return code
         _say(f"ended with code {code}: starts again")
+
+
+def _create(slices, seconds):
+    if subprocess.run(slices.create()).returncode:
+        slices.held = bool(_ask(slices.state(), seconds))
+        raise SystemExit(f"launch: this failed: {options.line(slices.create())}")
 
 
 def _wait(slices, seconds):
@@ -173,7 +186,8 @@ def _watch(call, marked):
 def _ask(call, seconds):
     """The state that gcloud prints; "" where there is no such resource.
 
-    A network may be down for a moment; whoever is not logged in is told so, and not for ever.
+    A network may be down for a moment; what another try does not mend is told at once, and all of
+    it: gcloud's last line is often but half a sentence.
     """
     said = ""
     for left in reversed(range(TRIES)):
@@ -183,8 +197,11 @@ def _ask(call, seconds):
         said = done.stderr.strip() or f"code {done.returncode}"
         if "NOT_FOUND" in said:
             return ""
+        if FOR_GOOD.search(said):
+            remedy = "\nlaunch: --project=NAME of this launcher names one" * ("[project]" in said)
+            raise SystemExit(f"launch: this failed: {options.line(call)}\n{said}{remedy}")
         if left:
-            _say(f"gcloud failed, {left} more tries: {said.splitlines()[-1]}")
+            _say(f"gcloud failed, {left} more tries: {' '.join(said.split())[:300]}")
             time.sleep(seconds)
     raise SystemExit(f"launch: this failed {TRIES} times: {options.line(call)}\n{said}")
 
@@ -219,17 +236,18 @@ def main(argv: list[str]) -> int:
             print(options.line(slices.delete()))
         return 0
     try:
-        return run(p, o, command)
+        return run(p, o, command, slices)
     except FileNotFoundError:
         p.error("there is no gcloud here: install it, or look with --dry_run")
     except KeyboardInterrupt:
-        _say("Ctrl-C: asking the workers to save and end")
-        _everywhere(slices, stop(o), marked=False)
+        if slices.held:
+            _say("Ctrl-C: asking the workers to save and end")
+            _everywhere(slices, stop(o), marked=False)
         return 130
     finally:
-        if o.delete:
+        if slices.held and o.delete:
             _call(slices.delete(), check=False)
-        else:
+        elif slices.held:
             _say(f"to give the slices back: {options.line(slices.delete())}")
 
 

@@ -68,7 +68,8 @@ def test_what_starting_again_cannot_mend_is_not_started_again():
         (["nosuchprogram"], "there is no program nosuchprogram"),
         (["--"], "at least one process, and a command"),
         (["--devices=-1", "echo"], "--devices and --restarts are 0 or more"),
-        (["--restart=3", "echo"], "unrecognized arguments: --restart=3"),
+        (["--restart=3", "echo"], "--restart=3; did you mean --restarts?"),
+        (["--dry-run", "echo"], "--dry-run; did you mean --dry_run?"),
     ],
 )
 def test_what_is_started_is_looked_at_first(words, said, monkeypatch, capfd):
