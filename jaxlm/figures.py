@@ -1,7 +1,8 @@
 """The figures of evaluations by name: which there are, and whether one asked for is among them."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 from jaxlm.contract import Method
 from jaxlm.data.prepare import DataSpec
@@ -27,6 +28,18 @@ def check_best(c, spec: CheckpointSpec, data: DataSpec, method: Method):
         )
 
 
+def best_so_far(records: Iterable[Mapping], spec: CheckpointSpec) -> str:
+    """Which of these evaluations is the best by `keep_best`, in words; "" where none tells. Of
+    equals the first, as checkpoints are kept."""
+    figure, side = spec.best()
+    found = [(r[figure], r["step"]) for r in records if math.isfinite(r.get(figure, math.nan))]
+    if not found:
+        return ""
+    sign = -1 if side == "max" else 1
+    value, step = min(found, key=lambda each: (sign * each[0], each[1]))
+    return f"best so far by {figure}: step {step:,} ({value:.3f})"
+
+
 def wanted_figures(spec: ExpectSpec, fields: Iterable[str]) -> list[tuple[str, str]]:
     """(key with its value, figure) of what these fields of `expect` promise."""
     named = {
@@ -46,11 +59,13 @@ def check_figure(key: str, figure: str, data: DataSpec, method: Method):
     ends = tuple(f"/{source.name}" for source in data.sources if source.structured)
     of_method = figure.endswith(ends) and not figure.startswith(("loss/", "bits_per_char/"))
     if figure not in known and not of_method:
-        near = difflib.get_close_matches(figure, known, 1)
+        within = [name for name in known if figure in name.split("/")]
+        near = within or difflib.get_close_matches(figure, known, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
         or_else = (
             f", and no metric of the method with {' or '.join(ends)} behind it" if ends else ""
         )
-        raise ValueError(f"{key}: {figure!r} is none of {', '.join(near or known)}{or_else}")
+        raise ValueError(f"{key}: {figure!r} is none of {', '.join(known)}{or_else}{meant}")
 
 
 def losses(data: DataSpec, method: Method) -> list[str]:

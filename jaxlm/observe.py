@@ -21,6 +21,7 @@ from jaxlm.data.records import Reader
 from jaxlm.evals import tasks
 from jaxlm.evals.held_out import HeldOut, compressor_table, held_out_source
 from jaxlm.evals.objective import ByObjective
+from jaxlm.figures import best_so_far
 from jaxlm.generate.engine import Generator, Request
 from jaxlm.generate.sampling import Sampling
 from jaxlm.hf import kept
@@ -28,7 +29,7 @@ from jaxlm.host import cluster
 from jaxlm.host.console import Console
 from jaxlm.host.process import cache_dir
 from jaxlm.host.signals import Stopped
-from jaxlm.metrics import Clock, Writer
+from jaxlm.metrics import EVALS, Clock, Writer, read
 from jaxlm.sharding import replicated, rows_divide_by
 from jaxlm.step import make_score
 from jaxlm.tasks import RunningTasks
@@ -178,7 +179,14 @@ class Observer:
         self._write(step, begin, figures | (scored or {}))
         for line in self._said(figures):
             self.console.say(f"  step {step:,}: {line}")
+        if best := self._best():
+            self.console.say(f"  step {step:,}: {best}")
         return bits
+
+    def _best(self) -> str:
+        """Which checkpoint of the run's whole life `keep_best` keeps so far, in words; or ""."""
+        run = self.built.run
+        return best_so_far(read(run.workdir / EVALS), run.checkpoint)
 
     def _scored(self, params, state):
         """(bits of held-out texts, all figures) of params."""
@@ -295,6 +303,7 @@ class Observer:
             "documents": self.held.documents(bits),
             "passages": self.held.passages(bits, self.prepared.tokenizer),
             "samples": samples,
+            "best": self._best(),
             **({"tasks": found} if found else {}),
             "steps": run.steps,
             "tokens": run.steps * run.tokens_per_step,

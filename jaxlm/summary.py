@@ -1,11 +1,12 @@
 """What a run tells a person about itself: the machine, the data card, the plan, the outcome."""
 
+import shlex
 import time
 
 import jax
 import numpy as np
 
-from jaxlm import folder, goodput, metrics
+from jaxlm import commandline, folder, goodput, metrics
 from jaxlm.data import mix
 from jaxlm.folder import describe_device
 from jaxlm.host.console import Console
@@ -299,8 +300,11 @@ def goodput_so_far(run) -> str:
     return goodput.sentence(found) if found else ""
 
 
-def farewell(console: Console, run, found: dict, page) -> None:
-    """The last lines: what was reached, where things are, what to try next."""
+def farewell(console: Console, run, found: dict, page, command: str = "") -> None:
+    """The last lines: what was reached, where things are, what to try next.
+
+    `command`: which started the run, and names its recipe as it can be found from here.
+    """
     minutes = found["seconds"] / 60
     console.say(
         f"\nTrained {found['steps']:,} steps on {found['tokens']:,} tokens; "
@@ -318,7 +322,8 @@ def farewell(console: Console, run, found: dict, page) -> None:
         f'  {python} -m jaxlm.generate --workdir="{run.workdir}" {folder.asking(run)}'
     )
     if run.name == "quickstart":
+        recipe = commandline.value_of("config", shlex.split(command)) or "configs/quickstart.py"
         console.say(
-            f"  {python} -m jaxlm.train --config=configs/quickstart.py "
+            f"  {python} -m jaxlm.train --config={shlex.quote(recipe)} "
             "--config.workdir=runs/mostly-code --config.data.mix.code.weight=0.9"
         )

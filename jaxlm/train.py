@@ -235,7 +235,7 @@ def _train(
         writer.flush()
         folder.write_results(run, results)
         page = _page(run)
-    summary.farewell(console, run, results, page)
+    summary.farewell(console, run, results, page, command)
     return 0
 
 

@@ -1,3 +1,5 @@
+import io
+import math
 import sys
 
 import pytest
@@ -6,7 +8,10 @@ from jaxlm import commandline, folder, methods, summary
 from jaxlm import config as configs
 from jaxlm.build import build
 from jaxlm.config import check, defaults, flatten, nest, source
+from jaxlm.figures import best_so_far
+from jaxlm.host.console import Console
 from jaxlm.plan import __main__ as plan
+from jaxlm.specs import CheckpointSpec
 from jaxlm.start import require_figure
 
 NUMBER_OF_KEYS = 105  # outside the groups of the methods
@@ -343,6 +348,12 @@ def test_the_best_checkpoint_is_told_by_a_figure_that_there_is(recipe):
     recipe.method = "dpo"
     with pytest.raises(ValueError, match="is none of loss/a"):
         check(recipe)
+    recipe.method = "next_token"
+    recipe.checkpoint.keep_best = "a"
+    every = r"'a' is none of loss/a, bits_per_char/a; did you mean loss/a\?"
+    with pytest.raises(ValueError, match=every):
+        check(recipe)
+    recipe.method = "dpo"
     recipe.checkpoint.keep_best = "loss/a"
     check(recipe)
     recipe.checkpoint.keep_best = "dpo/accuracy/a"
@@ -356,6 +367,24 @@ def test_the_best_checkpoint_is_told_by_a_figure_that_there_is(recipe):
     recipe.checkpoint.keep_best = "mx:loss/a"
     with pytest.raises(ValueError, match="keep_best='mx:loss/a' may begin with 'min:' or 'max:'"):
         check(recipe)
+
+
+@pytest.mark.parametrize(("keep_best", "step"), [("loss/a", 20), ("min:x/a", 10), ("max:x/a", 30)])
+def test_the_best_evaluation_so_far_is_named_by_its_step(keep_best, step):
+    told = [(10, 2.0, 1.0), (20, 1.0, math.nan), (30, 1.0, 4.0), (40, 3.0, 4.0)]
+    records = [{"step": s, "loss/a": loss, "x/a": x} for s, loss, x in told]
+    spec = CheckpointSpec(keep_best=keep_best)
+    assert f"by {spec.best()[0]}: step {step} (" in best_so_far(records, spec)
+    assert best_so_far([], spec) == best_so_far(records, CheckpointSpec()) == ""
+
+
+def test_what_to_try_next_names_the_recipe_as_it_was_given(recipe):
+    recipe.name = "quickstart"
+    out = io.StringIO()
+    found = {"seconds": 1.0, "steps": 1, "tokens": 1, "verdict": []}
+    command = "python -m jaxlm.train --config '../a clone/configs/quickstart.py' --config.steps=9"
+    summary.farewell(Console(stream=out), check(recipe), found, "page", command)
+    assert "jaxlm.train --config='../a clone/configs/quickstart.py' --config.w" in out.getvalue()
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_it(home, mon
     c.eval.update(every=2, samples="")
     c.checkpoint.update(every=2, keep=9, keep_best="loss/code")
     of = lambda file: [line["step"] for line in whole_runs.lines(home, "cut", file)]
-    go = lambda: train.train(check(c), Console(stream=io.StringIO()))
+    log = io.StringIO()
+    go = lambda: train.train(check(c), Console(stream=log))
     tick = observe.Observer._tick
 
     def struck(self, done, total):
@@ -82,6 +83,10 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_it(home, mon
     monkeypatch.undo()
     monkeypatch.setenv("JAXLM_TEST_TEXT", str(home / "text"))
     assert go() == 0
+    losses = {e["step"]: e["loss/code"] for e in whole_runs.lines(home, "cut", "evals.jsonl")}
+    best = f"by loss/code: step {min(losses, key=losses.__getitem__)} ({min(losses.values()):.3f})"
+    assert f"step 6: best so far {best}" in (out := log.getvalue()), out
+    assert f"best {best}" in (home / "cut" / "report.html").read_text()
     assert of("metrics.jsonl") == [1, 2, 3, 4, 5, 6]
     assert of("evals.jsonl") == [2, 4, 6]
     checkpoints = home / "cut" / "checkpoints"

@@ -113,6 +113,8 @@ def _facts(folder: Folder) -> list[str]:
     run, facts = folder.run, [f"folder {folder.path.resolve().name}"]
     if method := mapping(run.get("config")).get("method"):
         facts.append(str(method))
+    if best := folder.results.get("best"):
+        facts.append(str(best).replace(" so far", ""))
     if finite(run.get("parameters")):
         facts.append(f"{short(run['parameters'])} parameters")
     if run.get("device"):
