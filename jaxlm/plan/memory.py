@@ -113,7 +113,8 @@ def share_of_one(run: Run, sizes: dict[str, int]) -> tuple[DecoderConfig, int, i
     model = dataclasses.replace(
         model,
         heads=cut(model.heads),
-        kv_heads=cut(model.kv_heads),
+        # Of key heads that `tensor` does not divide a device has all, and uses those of its heads.
+        kv_heads=math.gcd(cut(model.kv_heads), cut(model.heads)),
         ffn_width=model.ffn_width if whole else cut(model.ffn_width),
         vocabulary=cut(model.vocabulary),
         attention="xla",

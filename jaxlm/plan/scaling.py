@@ -53,7 +53,9 @@ def _point(
     fitting = [
         sizes
         for sizes in _meshes(devices, chip)
-        if experts_fit(run.model, sizes) and held(run, whole, sizes) <= ROOM * capacity(chip)
+        if experts_fit(run.model, sizes)
+        and run.model.kv_heads % sizes["tensor"] == 0
+        and held(run, whole, sizes) <= ROOM * capacity(chip)
     ]
     meshes = fitting or [_mesh(devices, devices, 1)]
     times = [_times(run, chip, sizes, whole, computed) for sizes in meshes]

@@ -211,6 +211,16 @@ def test_weak_scaling_holds_what_the_run_holds(keys, bytes):
     assert held(one) == memory.reckon(built, True).total
 
 
+@pytest.mark.slow
+def test_key_heads_may_be_fewer_than_the_devices_that_share_heads():
+    recipe = run(batch=8, heads=4, kv_heads=2)
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {"tensor": 4}
+    model, *_ = memory.share_of_one(recipe, sizes)
+    assert (model.heads, model.kv_heads) == (1, 1)
+    found = scaling.weak_scaling(recipe, CHIPS["h100"])
+    assert {p.sizes["tensor"] for p in found} <= {1, 2}
+
+
 def test_weak_scaling_asks_for_no_mesh_and_no_machine(monkeypatch):
     """A recipe's mesh is of its own machine; the way to the host's memory takes its time."""
     monkeypatch.setattr(make, "step_flops", lambda *_: (1, 1.0))
