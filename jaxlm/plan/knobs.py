@@ -16,8 +16,9 @@ class Knob(NamedTuple):
 
 
 def helpful(plan: Plan) -> list[Knob]:
-    """Knobs that save at least 1 % of what a device holds."""
+    """Knobs that save at least 1 % of what a device holds, or of what it can hold."""
     run, before = plan.built.run, plan.memory.total
+    least = 0.01 * min(before, plan.capacity)
     found = []
     for flag, costs, other in _candidates(run, dict(plan.built.mesh.shape)):
         try:
@@ -25,7 +26,7 @@ def helpful(plan: Plan) -> list[Knob]:
         except ValueError:  # rows or heads that would not divide
             continue
         saves = before - memory.reckon(built, has_kernel(built, plan.topology)).total
-        if saves > 0.01 * before:
+        if saves > least:
             found.append(Knob(flag, saves, costs))
     return sorted(found, key=lambda knob: -knob.saves)
 

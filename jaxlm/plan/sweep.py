@@ -40,9 +40,10 @@ def run(console, recipe: Run, topology: Topology, budget_tokens: float) -> int:
     if not found:
         console.say("  nothing fits: take more or larger devices")
         return 2
+    unit, size = tell.unit_of(max(choice.bytes for choice in found[:10]))
     console.table(
-        [_row(choice, recipe) for choice in found[:10]],
-        ("mesh", "remat", "micro-batches", "GiB", "s a step"),
+        [_row(choice, recipe, size) for choice in found[:10]],
+        ("mesh", "remat", "micro-batches", unit, "s a step"),
     )
     plans = []
     for choice in found[:COMPILED]:
@@ -51,14 +52,17 @@ def run(console, recipe: Run, topology: Topology, budget_tokens: float) -> int:
         seconds = f"{made.times.step:.3g} s a step, {made.mfu(made.times.step):.1%} MFU" * bool(
             made.fits and made.times
         )
+        unit, size = tell.unit_of(made.peak_bytes)
+        of = choice.run
         console.say(
-            f"compiled {_row(choice, recipe)[:3]}: {made.peak_bytes / tell.GIB:.3g} GiB, "
-            f"{seconds or 'does not fit'}"
+            f"compiled mesh {reckon.spread(choice.sizes)}, remat {of.model.remat}, {of.accumulate} "
+            f"micro-batch{'es' * (of.accumulate > 1)} of {recipe.batch // of.accumulate} rows: "
+            f"{made.peak_bytes / size:.3g} {unit}, {seconds or 'does not fit'}"
         )
     fitting = [made for made in plans if made.fits and made.times]
     if not fitting:
         return 2
-    best = min(fitting, key=lambda made: made.times.step)
+    best = min(fitting, key=lambda made: (_seconds(made.times), made.peak_bytes))
     console.say("\nThe best of them:")
     tell.all_of(console, best, budget_tokens)
     console.say(f"\n  {flags(best.built.run)}")
@@ -100,8 +104,14 @@ def rank(recipe: Run, topology: Topology) -> list[Choice]:
 
 
 def _order(choice):
-    """By time, of which three digits mean something; then the simpler one."""
-    return float(f"{choice.times.step:.3g}"), choice.sizes["tensor"], choice.run.accumulate
+    """By time; then the one with fewer micro-batches, less memory, and the simpler mesh."""
+    held = float(f"{choice.bytes:.2g}")
+    return _seconds(choice.times), choice.run.accumulate, held, choice.sizes["tensor"]
+
+
+def _seconds(times):
+    """Of a step, as far as it means something: three digits."""
+    return float(f"{times.step:.3g}")
 
 
 def meshes(recipe: Run, topology: Topology) -> list[dict[str, int]]:
@@ -140,11 +150,11 @@ def _along(sizes, axis):
     return tuple(int(i) for i in ids[at])
 
 
-def _row(choice, recipe):
+def _row(choice, recipe, unit):
     return (
         reckon.spread(choice.sizes),
         choice.run.model.remat,
         f"{choice.run.accumulate} of {recipe.batch // choice.run.accumulate} rows",
-        f"{choice.bytes / tell.GIB:.3g}",
+        f"{choice.bytes / unit:.3g}",
         f"{choice.times.step:.3g}",
     )

@@ -3,12 +3,13 @@
 import jax
 
 from jaxlm.host import gpu_memory
+from jaxlm.host.terminal import count, duration
 from jaxlm.plan import knobs, reckon, scaling
 from jaxlm.plan.collectives import by_kind_and_axes
 from jaxlm.plan.make import Plan
 from jaxlm.plan.roofline import REACHED
 
-GIB = 2**30
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 DAY = 24 * 3600
 TIGHT = 0.85  # of the capacity, from which on knobs are told
 
@@ -24,6 +25,11 @@ def all_of(console, plan: Plan, budget_tokens: float) -> None:
         what_helps(console, plan)
 
 
+def unit_of(largest: float) -> tuple[str, int]:
+    """(name, bytes) of the unit in which two decimals tell a table whose largest entry this is."""
+    return next(((name, size) for name, size in UNITS if largest >= 0.5 * size), UNITS[-1])
+
+
 def head(console, plan: Plan) -> None:
     topology, run = plan.topology, plan.built.run
     mesh = reckon.spread(dict(plan.built.mesh.shape))
@@ -32,43 +38,59 @@ def head(console, plan: Plan) -> None:
     console.say(
         f"{run.name} on {len(topology.devices)} × {topology.chip.name}{slices}, mesh {mesh}\n"
         f"a step of {run.batch * run.members:,} × {run.data.length:,} tokens in {run.accumulate} "
-        "micro-batches\n"
+        f"micro-batch{'es' * (run.accumulate > 1)}\n"
         f"compiled {how} in {plan.compiled.seconds:.0f} s by jax {jax.__version__}"
     )
 
 
 def memory_of(console, plan: Plan) -> None:
-    kinds, compiled = plan.memory, plan.compiled
-    rows = [
-        ("parameters", kinds.parameters, "from their shardings"),
-        ("optimizer", kinds.optimizer, "from their shardings"),
-        ("extras", kinds.extras, "from their shardings"),
-        ("gradients", kinds.gradients, "reckoned"),
-        ("activations", kinds.activations, "reckoned: stored for the backward pass"),
-    ]
-    if plan.topology.compiled_for_it and compiled.program:
-        held = kinds.gradients + kinds.activations
-        rest = compiled.temporaries + compiled.outputs + compiled.arguments - kinds.state - held
-        if rest < 0:  # the compiler found a way to hold less than reckoned
-            rows[3:] = [("activations, gradients", held + rest, "the compiler's temporaries")]
-        else:
-            rows.append(("other temporaries", rest, "the compiler's, less the two above"))
-        rows.append(("program", compiled.code, "the compiler's"))
-    elif not compiled.needs:
-        rows.append(("working set", kinds.working, "reckoned: a block or a chunk of the loss"))
-    console.say("\nMemory of one device, GiB")
-    console.table([(name, f"{size / GIB:.2f}", why) for name, size, why in rows if size])
+    kinds, needs, has = plan.memory, plan.peak_bytes, plan.capacity
+    unit, size_of_unit = unit_of(needs)
+    shown = lambda size: f"{size / size_of_unit:,.2f}"
+    console.say(f"\nMemory of one device, {unit}")
+    console.table([(name, shown(size), why) for name, size, why in rows_of_memory(plan) if size])
     if kinds.host:
-        size = f"{kinds.host / GIB:.2f}"
-        console.say(f"  on its host {size}: moments, which come and go each step")
+        console.say(f"  on its host {shown(kinds.host)}: moments, which come and go each step")
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
-    needs, has = plan.peak_bytes / GIB, plan.capacity / GIB
-    console.say(f"  in all {needs:.2f} of {has:.2f}, {needs / has:.0%}: {verdict}")
-    if plan.topology.measured:
+    larger, size_of_larger = unit_of(has)
+    total = f"{shown(needs)} of {has / size_of_larger:,.2f}"
+    if larger != unit:
+        total = f"{shown(needs)} {unit} of {has / size_of_larger:,.2f} {larger}"
+    console.say(f"  in all {total}, {needs / has:.0%}: {verdict}")
+    if plan.compiled.has:
+        chips = f"{plan.topology.capacity / size_of_larger:,.2f} {larger}"
+        console.say(f"  what there is: {chips}, less what the compiler keeps back of it")
+    elif plan.topology.measured:
         console.say("  what there is, as JAX tells it of the device")
     elif plan.topology.platform == "gpu":
         share = f"{gpu_memory.share():.0%}"
         console.say(f"  what there is: JAX takes {share} of a GPU ({gpu_memory.VARIABLE})")
+
+
+def rows_of_memory(plan: Plan) -> list[tuple[str, float, str]]:
+    """(what, bytes of one device, where that is from), which together are all that it holds."""
+    kinds, compiled = plan.memory, plan.compiled
+    state = [
+        ("parameters", kinds.parameters, "from their shardings"),
+        ("optimizer", kinds.optimizer, "from their shardings"),
+        ("extras", kinds.extras, "from their shardings"),
+    ]
+    passes = [
+        ("gradients", kinds.gradients, "reckoned"),
+        ("activations", kinds.activations, "reckoned: stored for the backward pass"),
+    ]
+    if not plan.topology.compiled_for_it:
+        working = ("working set", kinds.working, "reckoned: a block or a chunk of the loss")
+        return [*state, *passes, working]
+    held = plan.peak_bytes - compiled.code - kinds.state
+    rest = held - kinds.gradients - kinds.activations
+    program = ("program", compiled.code, "the compiler's")
+    if held < 0:  # it would have told of a part only
+        return [("all", plan.peak_bytes, "the compiler's")]
+    if rest < 0:  # the compiler found a way to hold less than reckoned
+        return [*state, ("activations, gradients", held, "the compiler's temporaries"), program]
+    told = "the compiler's total, less all other rows"
+    return [*state, *passes, ("other temporaries", rest, told), program]
 
 
 def flops(console, plan: Plan) -> None:
@@ -106,8 +128,8 @@ def times(console, plan: Plan, budget_tokens: float) -> None:
         speed = plan.tokens / seconds
         console.say(
             f"  {text}: {seconds:.3g} s, {plan.mfu(seconds):.1%} MFU, {speed:,.0f} tokens/s, "
-            f"{speed * DAY / 1e9:,.3g}G tokens a day; {budget_tokens / 1e9:,.4g}G tokens take "
-            f"{budget_tokens / speed / DAY:,.3g} days"
+            f"{count(speed * DAY)} tokens a day; {count(budget_tokens)} tokens take "
+            f"{duration(budget_tokens / speed, fine=True)}"
         )
     host = f", host {chip.host / 1e9:,.0f}" if t.host else ""
     bandwidths = (
@@ -120,11 +142,16 @@ def times(console, plan: Plan, budget_tokens: float) -> None:
 
 
 def what_helps(console, plan: Plan) -> None:
+    """The largest savings. Where the compiler's total is below the reckoned one, which they are
+    part of, they are as much smaller: none is larger than what there is."""
     found = knobs.helpful(plan)
-    short = (plan.peak_bytes - plan.capacity) / GIB
-    console.say(f"\nWhat saves memory{f'; {short:.2f} GiB are missing' if short > 0 else ''}")
+    unit, size = unit_of(plan.peak_bytes)
+    short = (plan.peak_bytes - plan.capacity) / size
+    missing = f"; {short:,.2f} {unit} are missing" if short > 0 else ""
+    console.say(f"\nWhat saves memory, reckoned and each alone{missing}")
+    less = min(plan.peak_bytes / plan.memory.total, 1.0) / size
     console.table(
-        [(k.flag, f"{k.saves / GIB:.2f} GiB", f"costs: {k.costs}") for k in found[:6]]
+        [(k.flag, f"{k.saves * less:,.2f} {unit}", f"costs: {k.costs}") for k in found[:6]]
         or [("nothing that this plan knows", "", "take more or larger devices")]
     )
 

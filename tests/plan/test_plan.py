@@ -155,7 +155,8 @@ def helpful(here, c):
     """What is told to save memory of a recipe's run, and the memory of that."""
     built = build(check(c), 256, jax.devices())
     before = memory.reckon(built)
-    return knobs.helpful(types.SimpleNamespace(built=built, memory=before, topology=here)), before
+    plan = types.SimpleNamespace(built=built, memory=before, topology=here, capacity=before.total)
+    return knobs.helpful(plan), before
 
 
 @pytest.mark.slow
@@ -410,6 +411,76 @@ def test_a_plan_says_whose_memory_it_holds_the_program_against(monkeypatch, here
     lines = []
     tell.memory_of(types.SimpleNamespace(say=lines.append, table=lambda *_: None), made)
     assert said in lines[-1]
+
+
+PEAKS = {  # what a compiler tells, to what is reckoned of the run
+    "refused": (1.5, Compiled(0.0, None, [])),
+    "refused, for less than is reckoned": (0.8, Compiled(0.0, None, [])),
+    "a stand-in": (1.0, Compiled(0.0, hlo.parse(CUBLAS), [], 1e9)),
+    "compiled": (3.0, Compiled(0.0, hlo.parse(CUBLAS), [], code=1e3)),
+    "compiled, for less than the state": (0.1, Compiled(0.0, hlo.parse(CUBLAS), [])),
+}
+
+
+@pytest.mark.parametrize("case", PEAKS)
+def test_what_is_told_of_memory_adds_up(monkeypatch, here, case):
+    """Rows to the total, in a unit in which they are not zero; nothing saves more than there is."""
+    times, compiled = PEAKS[case]
+    built = build(run(), 256, jax.devices())
+    held = memory.reckon(built)
+    peak = times * held.total
+    refused = {"needs": peak, "has": 15.75 * 2**30} if "refused" in case else {}
+    compiled = compiled._replace(**(refused or {"temporaries": peak - compiled.code}))
+    device = here._replace(compiled_for_it=case != "a stand-in")
+    made = make.Plan(built, device, compiled, held, 1, 1.0, None)
+    rows = tell.rows_of_memory(made)
+    assert made.peak_bytes == pytest.approx(peak)
+    assert sum(size for _, size, _ in rows) == pytest.approx(peak)
+    assert all(size >= 0 for _, size, _ in rows)
+    given = [knobs.Knob("--config.some=1", 0.95 * held.total, "little")]
+    monkeypatch.setattr(knobs, "helpful", lambda plan: given)
+    said, tables = [], []
+    console = types.SimpleNamespace(say=said.append, table=tables.append)
+    tell.memory_of(console, made)
+    tell.what_helps(console, made)
+    unit, size = {True: ("MiB", 2**20), False: ("KiB", 2**10)}[peak >= 2**19]
+    assert said[0] == f"\nMemory of one device, {unit}"
+    assert all(float(row[1].replace(",", "")) > 0 for row in tables[0] if row[0] != "program")
+    saves, of = tables[1][0][1].split()
+    assert of == unit
+    assert float(saves) == pytest.approx(0.95 * min(peak, held.total) / size, abs=0.006)
+    assert ("less what the compiler keeps back" in said[2]) == ("refused" in case)
+    capacity = made.capacity / 2**30
+    assert f" {unit} of {capacity:.2f} GiB, " in said[1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "words"),
+    [
+        (2.355e6, 1e-4, "2.4M tokens take 0.9 s"),
+        (1e12, 0.25, "1.0T tokens take 11302 d 19 h"),
+        (1e15, 1e-6, "22.1T tokens a day"),
+    ],
+)
+def test_tokens_and_times_are_told_by_their_size(here, tokens, seconds, words):
+    said = []
+    console = types.SimpleNamespace(say=said.append, table=lambda *_: None)
+    told = types.SimpleNamespace(
+        times=roofline.Times(seconds, 0.0, 0.0, 0.0), topology=here, tokens=256, mfu=lambda _: 0.5
+    )
+    tell.times(console, told, tokens)
+    assert words in said[1]
+
+
+def test_of_meshes_equal_in_time_the_one_with_less_memory_comes_first():
+    def choice(held, seconds, accumulate=1, tensor=1):
+        times = roofline.Times(seconds, 0.0, 0.0, 0.0)
+        run = types.SimpleNamespace(accumulate=accumulate)
+        return sweep.Choice(run, {"tensor": tensor}, held, times)
+
+    order = [choice(5.0, 1.0001, 1, 2), choice(9.0, 1.0), choice(1.0, 1.0, 2), choice(0.5, 2.0)]
+    mixed = [order[i] for i in (3, 1, 2, 0)]
+    assert sorted(mixed, key=sweep._order) == order
 
 
 def test_without_the_compiler_of_a_tpu_the_remedy_is_told(monkeypatch):
