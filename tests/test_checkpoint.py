@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint import Checkpoints, SaveError
 from jaxlm.checkpoint import digest as digests
+from jaxlm.host import cluster
 from jaxlm.params import load as load_params
 from jaxlm.sharding import MeshSpec, make_mesh
 
@@ -302,6 +303,36 @@ def test_a_process_whose_digest_is_missing(checkpoints, said):
     digests.write(folder, record, process=1, processes=2)
     assert checkpoints.steps() == [10, 20]
     assert_same(checkpoints.restore(20, abstract(toy())), toy(20))
+
+
+@pytest.fixture
+def old_list(monkeypatch):
+    """Process 1 does not see the last file yet when it writes its digest, so nobody hashes it."""
+    real, files = digests.write, digests._data_files
+
+    def write(folder, record, *, process=0, processes=2):
+        real(folder, record, process=0, processes=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(digests, "_data_files", lambda folder: files(folder)[:1])
+            real(folder, record, process=1, processes=2)
+
+    monkeypatch.setattr(digests, "write", write)
+    monkeypatch.setattr(cluster, "several", lambda: True)
+
+
+def test_no_file_is_in_nobodys_digest(checkpoints, old_list):
+    """Also where the processes do not see the same files, on a network file system."""
+    checkpoints.save(30, toy(), {})
+    checkpoints.wait()
+    checkpoints.save_once("reference", toy()["params"])
+    for folder in (checkpoints.directory / "30", checkpoints.directory / "once" / "reference"):
+        for name in digests._data_files(folder):
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content + b"x")
+            with pytest.raises(digests.Damaged, match=re.escape(name)):
+                digests.verify(folder)
+            (folder / name).write_bytes(content)
+        digests.verify(folder)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -124,7 +124,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last save has its digest on disk. Raises `SaveError` if it failed."""
         if self._join():
-            cluster.share()  # the digests of all processes are there
+            _complete(*(self.directory / str(step) for step in self._saving))
             self._metrics |= self._saving
 
     def _join(self):
@@ -233,6 +233,7 @@ class Checkpoints:
         cluster.share()
         items = {name: tree}
         storage.finish(storage.start(folder, items), folder, storage.record(0, items, {}, {}))
+        _complete(folder)
         cluster.share()
 
     def restore_once(self, name: str, abstract: Any) -> Any:
@@ -350,6 +351,15 @@ def find(
         others = f"; there are {', '.join(map(str, others))}" if others else ""
         raise ValueError(f"{folder} has no usable checkpoint{what} to load params from{others}")
     return folder / str(found), True
+
+
+def _complete(*folders):
+    """Waits for the digests of all processes, and lets no file be in none of them."""
+    cluster.share()
+    if cluster.several() and cluster.process() == 0:
+        for folder in folders:
+            with contextlib.suppress(Damaged, OSError):  # told by who reads it
+                digests.complete(folder)
 
 
 def _end_all(error):

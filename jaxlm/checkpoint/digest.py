@@ -78,14 +78,19 @@ def differences(was: Layout, now: Layout, *, part: bool = False) -> list[str]:
 
 def write(folder: pathlib.Path, digest: Digest, *, process: int = 0, processes: int = 1) -> None:
     """Hashes this process's share of the files and writes its digest, atomically."""
-    files = {
-        name: [(folder / name).stat().st_size, _hash(folder / name)]
-        for name in _data_files(folder)[process::processes]
-    }
+    files = _hashed(folder, _data_files(folder)[process::processes])
     content = {"schema": SCHEMA, "process": process, "processes": processes, "files": files}
-    content |= dataclasses.asdict(digest)
-    text = json.dumps(content | {"seal": _seal(content)}, indent=1)
-    write_atomically(folder / f"{PREFIX}{process}-of-{processes}.json", text)
+    _write(folder, content | dataclasses.asdict(digest))
+
+
+def complete(folder: pathlib.Path) -> None:
+    """Process 0 adds what it sees and nobody has hashed, once the digests of all are there: on a
+    network file system the list of files that another shared out by may have been an old one."""
+    contents = _contents(folder)
+    known = {name for content in contents for name in content["files"]}
+    if left := [name for name in _data_files(folder) if name not in known]:
+        contents[0]["files"] |= _hashed(folder, left)
+        _write(folder, contents[0])
 
 
 def read(folder: pathlib.Path) -> Digest:
@@ -130,8 +135,7 @@ def add_metrics(folder: pathlib.Path, metrics: Mapping[str, float]) -> None:
     """Writes down what was measured of a checkpoint after it was saved."""
     content = _contents(folder)[0]
     content["metrics"] |= {name: float(value) for name, value in metrics.items()}
-    text = json.dumps(content | {"seal": _seal(content)}, indent=1)
-    write_atomically(folder / f"{PREFIX}0-of-{content['processes']}.json", text)
+    _write(folder, content)
 
 
 def _contents(folder):
@@ -167,6 +171,16 @@ def _data_files(folder):
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(PREFIX)
     )
+
+
+def _hashed(folder, names):
+    return {name: [(folder / name).stat().st_size, _hash(folder / name)] for name in names}
+
+
+def _write(folder, content):
+    text = json.dumps(content | {"seal": _seal(content)}, indent=1)
+    name = f"{PREFIX}{content['process']}-of-{content['processes']}.json"
+    write_atomically(folder / name, text)
 
 
 def _hash(path):
