@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.build import Built
 from jaxlm.evals import tasks
 from jaxlm.evals.model import Model
+from jaxlm.host import cluster
 from jaxlm.specs import EvalSpec
 
 
@@ -35,7 +36,10 @@ class RunningTasks:
         self._loaded, self._limit = loaded(run.eval), run.eval.tasks_limit or None
         # As training does, each text begins with a bos.
         lm, mesh, length = built.scorer, built.mesh, run.data.length
-        self._model = Model(lm, None, folder, mesh, length, ends, add_bos=True, tick=tick)
+        same = lambda requests: cluster.agree("what the model is asked", requests)
+        self._model = Model(
+            lm, None, folder, mesh, length, ends, add_bos=True, tick=tick, same=same
+        )
 
     def results(self, params, *, writer: bool) -> dict[str, Any]:
         """lm-eval's results, without the samples; standard errors only for who writes them."""

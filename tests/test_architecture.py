@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "folder": {"config", "files", "models", "host", "data", "hf", "specs"},
     "together": {"config", "data", "folder", "host", "specs"},
     "restarts": {"checkpoint", "folder", "host", "specs"},
-    "tasks": {"build", "evals", "specs"},
+    "tasks": {"build", "evals", "host", "specs"},
     "observe": BASE | TOP | {"tasks"},
     "summary": BASE | TOP,
     "abstract": {"contract", "optim", "sharding", "specs", "step"},

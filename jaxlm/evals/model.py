@@ -35,7 +35,8 @@ class Model:
 
     `folder`: of the tokenizer. `length`: tokens of context. `ends`: tokens that end a text.
     `tokens`: of a batch on one device, 0 = some that fit. `add_bos`: as in `texts`.
-    `tick(done, total)` hears how far a call has come.
+    `tick(done, total)` hears how far a call has come. `same(requests)`, before any is computed,
+    raises where another process is asked something else.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class Model:
         tokens: int = 0,
         add_bos: bool | None = None,
         tick: Callable[[int, int], None] = lambda done, total: None,
+        same: Callable[[list], None] = lambda requests: None,
     ):
         self.lm, self.params, self.mesh, self.length = lm, params, mesh, length
         self.texts = texts.load(folder, add_bos)
-        self._tick = tick
+        self._tick, self._same = tick, same
         put = lambda batch: sharding.put_rows(mesh, batch)
         with jax.set_mesh(mesh):
             self.scorer = Scorer(lm, length, tokens=tokens, put=put)
@@ -62,11 +64,13 @@ class Model:
 
     def score(self, requests: list[Request]) -> list[Score]:
         """The scores of all requests, in their order."""
+        self._same(requests)
         with jax.set_mesh(self.mesh):
             return self.scorer(self.params, requests, self._tick)
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """The new ids of all prompts, in their order."""
+        self._same(prompts)
         alike: dict[Sampling, list[int]] = {}
         for i, prompt in enumerate(prompts):
             numbers: dict[str, Any] = {

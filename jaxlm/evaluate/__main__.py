@@ -219,6 +219,8 @@ def _opened(flags, console) -> tuple[Model, Opened]:
             tokens=flags.batch_tokens,
             add_bos=bos,
             tick=lambda done, total: console.progress(done, total, unit="request"),
+            # Each has read tasks and texts for itself.
+            same=lambda requests: cluster.agree("what the model is asked", requests),
         )
         return model, opened
 

@@ -53,6 +53,7 @@ def main() -> int:
             **{f"--{k}": v for k, v in vars(flags).items()},
         }
         cluster.join(where, facts, lambda text: None)
+        cluster.agree("what --prompts holds", prompts)
     here = cluster.process() == 0
     say = lambda text: print(text, file=sys.stderr) if here else None
     for note in _notes(flags):

@@ -15,7 +15,10 @@ Nothing here imports JAX before `join`.
 """
 
 import ctypes
+import functools
+import hashlib
 import importlib.util
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
@@ -121,6 +124,7 @@ def _of_this_job(address):
     return f"{host}:{FIRST_PORT + 2 * (int(port) % PORT_PAIRS)}"
 
 
+@functools.cache  # the metadata server may take its time
 def _asked_of_jax():
     """TPU hosts and Kubernetes: only the metadata server or the cluster's own interface knows."""
     tpu = tpu_is_here() and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
@@ -235,7 +239,7 @@ def join(where: Place, facts: Mapping[str, Any], note: Callable[[str], None]) ->
         rollcall.door_at(where.port).close()
     found = here.meet(known, join_seconds(), note)
     _fellows, _stopping = here, stopping
-    _refuse(here.broadcast(_difference(found, here.hosts)))
+    _refuse(here, found)
     note("starting jax.distributed")
     _start(where)
     import jax
@@ -244,7 +248,7 @@ def join(where: Place, facts: Mapping[str, Any], note: Callable[[str], None]) ->
     devices = jax.local_devices()
     about = {"devices here": len(devices), "kind of device": devices[0].device_kind}
     found = here.gather(about)
-    _refuse(here.broadcast(_difference(found, here.hosts)))
+    _refuse(here, found)
     every = found or [about] * where.processes
     return [
         (i, here.hosts.get(i, "?"), one["devices here"], one["kind of device"])
@@ -290,8 +294,9 @@ def _difference(found, hosts):
     return "the processes do not agree: " + "; ".join(lines[:6] + more)
 
 
-def _refuse(words):
-    if words:
+def _refuse(here, found):
+    """Raises `ValueError`, the same on all, where facts differ; `found` as `gather` gives them."""
+    if words := here.broadcast(_difference(found, here.hosts)):
         raise ValueError(words)
 
 
@@ -320,6 +325,15 @@ def share(value: Any = None) -> list[Any]:
 def broadcast(value: Any = None) -> Any:
     """The value of process 0, on all."""
     return _fellows.broadcast(value) if _fellows else value
+
+
+def agree(what: str, value: Any) -> None:
+    """Raises `ValueError`, the same on all, where it is not the same in all processes: what each
+    has read for itself, before they compute with it together. Lists, texts, numbers, arrays."""
+    if _fellows:
+        text = json.dumps(value, default=lambda array: array.tolist())
+        short = hashlib.sha256(text.encode()).hexdigest()[:12]
+        _refuse(_fellows, _fellows.gather({what: short}))
 
 
 def first(words: Iterable[str]) -> str:

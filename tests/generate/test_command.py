@@ -61,6 +61,21 @@ def test_prompts_may_be_given_one_by_one(run, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "── 1\none!\n── 2\ntwo!\n"
 
 
+def test_prompts_are_compared_before_the_model_is_opened(run, tmp_path, monkeypatch):
+    def differ(what, value):
+        raise ValueError(f"{what}: {[prompt.text for prompt in value]}")
+
+    asked = tmp_path / "asked.txt"
+    asked.write_text("one\ntwo\n")
+    changes = {"place": lambda: True, "join": lambda *_: None, "agree": differ}
+    for name, change in changes.items():
+        monkeypatch.setattr(command.cluster, name, change)
+    monkeypatch.setattr(command.process, "hush_libraries", lambda: None)
+    monkeypatch.setattr(openflags, "open_model", None)
+    with pytest.raises(ValueError, match=r"what --prompts holds: \['one', 'two'\]"):
+        run(prompts=asked)
+
+
 def test_of_several_answers_each_says_whose_it_is(run, tmp_path, capsys):
     asked = tmp_path / "asked.txt"
     asked.write_text("one\ntwo\n")

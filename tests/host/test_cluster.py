@@ -2,7 +2,9 @@
 
 import os
 import socket
+import types
 
+import numpy as np
 import pytest
 
 from jaxlm.host import cluster, rollcall
@@ -44,6 +46,9 @@ THREE = {
 def bare(monkeypatch):
     for name in [n for n in os.environ if n.startswith(HINTS)]:
         monkeypatch.delenv(name)
+    cluster._asked_of_jax.cache_clear()
+    yield
+    cluster._asked_of_jax.cache_clear()
 
 
 @pytest.fixture
@@ -51,6 +56,7 @@ def place(monkeypatch):
     def of(*environments, **more):
         for name, value in {k: v for e in (*environments, more) for k, v in e.items()}.items():
             monkeypatch.setenv(name, value)
+        cluster._asked_of_jax.cache_clear()
         return cluster.place()
 
     return of
@@ -225,3 +231,32 @@ def test_the_first_difference_names_host_and_both_values():
     assert cluster._difference(found, hosts) == (
         "the processes do not agree: jax is 0.10.2 on process 0 (a), 0.12.0 on 2 (c)"
     )
+
+
+def test_the_metadata_server_is_asked_once(place, tpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cluster, "_detected", lambda name: asked.append(name) or ("a:1", 2, 0, 0))
+    assert place() == cluster.place()
+    assert asked == ["Cloud TPU"]
+
+
+def test_what_each_process_has_read_is_compared(monkeypatch):
+    """Whole: an array's repr leaves its middle out."""
+
+    def two(here, there):
+        """This process, which has `here`, and another with `there`."""
+        said = []
+        first = types.SimpleNamespace(hosts={0: "a", 1: "b"}, broadcast=lambda words: words)
+        for value in (there, here):
+            first.gather = lambda facts: said.append(facts) or [facts, said[0]]
+            monkeypatch.setattr(cluster, "_fellows", first)
+            cluster.agree("the prompts", value)
+
+    numbers = np.arange(5000)
+    two([("the", numbers)], [["the", numbers.tolist()]])
+    changed = numbers.copy()
+    changed[2500] = 0
+    with pytest.raises(ValueError, match=r"the prompts is \w+ on process 0 \(a\), \w+ on 1 \(b\)$"):
+        two([("the", numbers)], [("the", changed)])
+    cluster._fellows = None
+    cluster.agree("alone", object())
