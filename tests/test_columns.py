@@ -368,6 +368,28 @@ def test_one_of_several_processes_never_waits_for_another_run(tmp_path, monkeypa
     assert work.computed == 6, "there meanwhile, and its fellows still need it in each batch"
 
 
+def test_who_has_the_lock_leaves_a_build_without_it_alone(tmp_path, monkeypatch):
+    """The other run was killed, and a third one has its lock, while this one still builds."""
+
+    class Several(Alone):
+        def _write(self, at, batches, done):
+            (at / "row").touch()
+            locks.close()
+            with monkeypatch.context() as patch:
+                patch.setattr(columns.cluster, "several", lambda: False)
+                Alone(self.folder).run(None, writes=True)
+            assert (at / "row").exists()
+            return super()._write(at, batches, done)
+
+    work = Several(tmp_path / "column")
+    monkeypatch.setattr(columns.cluster, "several", lambda: True)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(built_by_another_run(work.folder))
+        work.run(None, writes=True)
+    assert not list(tmp_path.glob(".*building"))
+    assert cache.check(work.folder)[0] == {"computed": 3}
+
+
 def test_what_another_run_has_made_meanwhile_is_not_computed_again(tmp_path):
     work = Alone(tmp_path / "column")
     work.run(None, writes=True)

@@ -65,7 +65,7 @@ def cached(
             f"The prepared {what} was damaged ({trouble}) and was built again." if trouble else ""
         )
         left = _clear(folder, locked, goes_on)
-        temporary = folder.parent / _own_name(folder)
+        temporary = folder.parent / _own_name(folder, locked)
         if left:
             left.rename(temporary)
         else:
@@ -86,10 +86,11 @@ def cached(
     return Found(folder, facts, False, note)
 
 
-def _own_name(folder: pathlib.Path) -> str:
-    """A name that no other process on any host builds under."""
+def _own_name(folder: pathlib.Path, locked: bool) -> str:
+    """A name that no other process on any host builds under. Without the lock its end is another:
+    who holds that may not take it for a dead one's."""
     own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}"
-    return f".{folder.name}.{own}.building"
+    return f".{folder.name}.{own}{'' if locked else '.unlocked'}.building"
 
 
 def _clear(folder: pathlib.Path, locked: bool, keep: bool) -> pathlib.Path | None:

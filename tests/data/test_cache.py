@@ -58,7 +58,7 @@ def test_what_killed_builds_left_is_cleared_where_nobody_writes_it(tmp_path, mon
     if not locks:
         monkeypatch.setattr(caching.fcntl, "flock", no_locks)
     other, old = (tmp_path / f".records.{name}@far.building" for name in (1, 2))
-    own = tmp_path / caching._own_name(tmp_path / "records")
+    own = tmp_path / caching._own_name(tmp_path / "records", True)
     for left in (own, other, old):
         left.mkdir()
         (left / "first").write_text("half")
