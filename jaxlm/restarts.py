@@ -16,7 +16,7 @@ from jaxlm.host import cluster
 from jaxlm.specs import Run
 
 MOST = 3
-STOPPED = {130, 143}  # exit codes of Ctrl-C and SIGTERM
+STOPPED = {129, 130, 143}  # exit codes of SIGHUP, Ctrl-C and SIGTERM
 VARIABLE = "JAXLM_RESTARTS"
 
 

@@ -113,7 +113,9 @@ def another(monkeypatch):
         link.close()
 
 
-@pytest.mark.parametrize(("code", "counts"), [(143, False), (130, False), (70, True), (75, True)])
+@pytest.mark.parametrize(
+    ("code", "counts"), [(143, False), (130, False), (129, False), (70, True), (75, True)]
+)
 def test_the_stop_of_another_process_counts_for_nothing(start, another, tmp_path, code, counts):
     """It ends process 0 wherever that is, in a compilation for one."""
     leave = another(code)
