@@ -160,7 +160,7 @@ for name in names:
 if cluster.process() == 0:  # the disk is slow, and the others are early
     cached = columns.cached
     later = lambda fn: lambda at: (fn(at), time.sleep(1))[0]
-    columns.cached = lambda *a: cached(*a[:2], later(a[2]), *a[3:])
+    columns.cached = lambda *a, **k: cached(*a[:2], later(a[2]), *a[3:], **k)
 found["column"] = test_columns.of_each_pair(pathlib.Path(home))
 if cluster.process() == 0:
     print(json.dumps(found))
