@@ -48,7 +48,7 @@ def command(home, *words, launcher=(), **env):
 
 def local(processes, devices, restarts=0):
     return [
-        *(sys.executable, "launch/local/run.py"),
+        *(sys.executable, "-m", "launch.local"),
         *(f"--processes={processes}", f"--devices={devices}", f"--restarts={restarts}"),
     ]
 

@@ -1,4 +1,4 @@
-"""`python -m launch.local`: the same as `python launch/local/run.py`."""
+"""Several processes on this machine: `run` says more."""
 
 import sys
 

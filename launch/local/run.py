@@ -1,7 +1,6 @@
 """Several processes of one command on this machine, as if it were several hosts.
 
     python -m launch.local --processes=4 [--devices=2] [--restarts=3] [--dry_run] -- COMMAND ...
-    python launch/local/run.py --processes=2 python -m jaxlm.train --config=configs/quickstart.py
 
 --devices is of each process: its part of the GPUs, or that many fake devices where there is a CPU
 only. When one process dies the others end with a sentence; what has not ended after 15 seconds is
@@ -11,7 +10,6 @@ something to mend (exit codes 0, 1, 2, 129, 130, 143). Sets environment variable
 
 import argparse
 import ctypes
-import difflib
 import os
 import shlex
 import shutil
@@ -20,6 +18,8 @@ import socket
 import subprocess
 import sys
 import time
+
+from launch import options
 
 FINAL = {0, 1, 2, 129, 130, 143}  # done, said what is wrong, was asked to stop
 PATIENCE = 15.0  # seconds for the others to end after one has
@@ -30,10 +30,7 @@ class Parser(argparse.ArgumentParser):
     """With a suggestion for an option that it does not know."""
 
     def error(self, message):
-        _, unknown, words = message.partition("unrecognized arguments: ")
-        word = words.split()[0].partition("=")[0] if unknown else ""
-        near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.5)
-        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+        super().error(message + options.meant(message, self))
 
 
 def main() -> int:
@@ -145,7 +142,3 @@ def free_port() -> int:
                 return port
             except (OSError, OverflowError):
                 continue
-
-
-if __name__ == "__main__":
-    sys.exit(main())

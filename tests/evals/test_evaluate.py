@@ -52,7 +52,7 @@ def test_a_run_is_refused_for_its_tasks_before_its_data_is_prepared(home):
 
 
 def test_four_processes_find_what_one_did(home, trained):
-    command = [sys.executable, "launch/local/run.py", "--processes=4", "--devices=1"]
+    command = [sys.executable, "-m", "launch.local", "--processes=4", "--devices=1"]
     command += [sys.executable, "-m", "jaxlm.evaluate", f"--checkpoint={trained}", "--limit=4"]
     command += ["--tasks=local_last_word,local_text", "--log_samples"]
     command += [f"--include_path={home / 'tasks'}"]

@@ -11,12 +11,13 @@ import pytest
 
 from launch.local import run
 
-RUN = pathlib.Path(__file__).parents[2] / "launch" / "local" / "run.py"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(*flags, script, wait=True):
     process = subprocess.Popen(
-        [sys.executable, str(RUN), *flags, "bash", "-c", script],
+        [sys.executable, "-m", "launch.local", *flags, "bash", "-c", script],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
