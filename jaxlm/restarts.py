@@ -29,21 +29,19 @@ def counted(run: Run):
     if words := cluster.broadcast(_begin(run, path) if first else None):
         raise ValueError(words)
 
-    def another_has_ended(words, code):
-        if first and code in STOPPED:
+    def forget():
+        if first:
             path.unlink(missing_ok=True)
 
-    cluster.on_end(another_has_ended)
+    cluster.on_end(lambda words, code: forget() if code in STOPPED else None)
     try:
         yield
     except Exception:
-        raise  # this start has come to nothing
+        raise  # this start has come to nothing, and stays counted
     except BaseException:  # asked to stop
-        if first:
-            path.unlink(missing_ok=True)
+        forget()
         raise
-    if first:
-        path.unlink(missing_ok=True)
+    forget()
 
 
 def _begin(run, path):
