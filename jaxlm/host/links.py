@@ -11,7 +11,8 @@ import socket
 PROBED_SECONDS = 30  # until a host that no longer answers at all counts as gone
 
 
-def listener(port):
+def listener(port: int) -> socket.socket:
+    """Listens at all addresses of this host, of both kinds where it has IPv6. Raises `OSError`."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)

@@ -49,6 +49,9 @@ def test_an_unknown_task_names_the_nearest(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_more_examples_than_there_are_are_refused(folder):
+    silent = tasks.load(("local_choice",), include=str(folder))  # a task that says no number
+    for count in (None, 0, len(silent[1][0].sampler.df) - 1):
+        tasks.require_examples(silent, count)
     loaded = tasks.load(("local_chosen_few",), include=str(folder))
     has = len(loaded[1][0].sampler.df)
     tasks.require_examples(loaded, None)
