@@ -50,10 +50,9 @@ class Held(NamedTuple):
         arrays = storage.load(self.place, {self.item: wanted}, "sizes", part=True)[self.item]
         return {name: arrays[self.prefix + name] for name in structs}
 
-    def beside(self, name: str, kernel: jax.ShapeDtypeStruct) -> list[jax.Array]:
+    def beside(self, there: Shapes, name: str, kernel: jax.ShapeDtypeStruct) -> list[jax.Array]:
         """The factors that belong to a kernel, stacked as it is, though they may lie otherwise:
-        the base is as it was at the start of a run. [] where there are none."""
-        there = self.shapes()
+        the base is as it was at the start of a run. [] where there are none. `there`: shapes."""
         of_one, ((path, (_, layer)), *more) = of_layers(there), places({name: kernel}).items()
         wanted = {}
         for factor in (lora.A, lora.B):
@@ -156,9 +155,9 @@ def read(folder: Path, structs: Shapes, which: str = "") -> dict[str, jax.Array]
     if not (base := _base(folder)):
         return tree.read(structs)
     arrays = _read_base(base, structs)
-    scale = adapter_facts(folder)["scale"]
+    scale, there = adapter_facts(folder)["scale"], tree.shapes()
     for name in arrays:
-        if factors := tree.beside(name, structs[name]):
+        if factors := tree.beside(there, name, structs[name]):
             layout = arrays[name].sharding
             factors = jax.device_put(factors, _everywhere(layout))
             arrays[name] = _added(layout)(arrays[name], *factors, scale)

@@ -95,7 +95,10 @@ def complete(folder: pathlib.Path) -> None:
 
 def read(folder: pathlib.Path) -> Digest:
     """What the folder holds. Raises `Damaged`, or `ValueError` for a schema from the future."""
-    content = _contents(folder)[0]
+    return _digest(_contents(folder)[0])
+
+
+def _digest(content) -> Digest:
     trees = {
         item: {name: (tuple(shape), dtype) for name, (shape, dtype) in tree.items()}
         for item, tree in content["trees"].items()
@@ -128,7 +131,7 @@ def verify(
             raise Damaged(f"{name} has {now:,} bytes instead of {size:,}")
         if how == "full" and _hash(path) != hashed:
             raise Damaged(f"the bytes of {name} have changed since it was written")
-    return read(folder)
+    return _digest(contents[0])
 
 
 def add_metrics(folder: pathlib.Path, metrics: Mapping[str, float]) -> None:
